@@ -110,3 +110,132 @@ def test_a_bias_that_is_frozen_and_thawed_leaves_and_joins_its_layers_problem(
     step(other, sgd)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two)
+
+
+EVERY: dict[str, Callable[[], pw.Rule]] = {
+    **RULES,
+    **MEMORIES,
+    "CWU": pw.Consequentialism,
+    "rate": pw.BackMatching,
+    "KFAC": lambda: pw.KFAC(stats_every=1, refresh_every=1),
+}
+LEFT = {
+    "excluded": {"exclude": "*.bias"},
+    "not asked for": {"layers": "*.weight"},
+    "stepped by another optimizer": {},
+}
+
+
+@pytest.mark.parametrize("how", LEFT)
+@pytest.mark.parametrize("name", EVERY)
+def test_a_bias_that_is_left_to_the_optimizer_is_a_constant(name: str, how: str) -> None:
+    """It has its plain gradient, and the weight has the update that it has beside a frozen bias."""
+    model, beside, plain = make_mlp(), make_mlp(), make_mlp()
+    named = dict(model.named_parameters())
+    weights = [p for key, p in named.items() if key.endswith("weight")]
+    stepped = weights if how == "stepped by another optimizer" else list(named.values())
+    optimizer = torch.optim.SGD(stepped, lr=0.01)
+    rule = EVERY[name]().attach(model, optimizer, **LEFT[how])  # type: ignore[arg-type]
+    for layer in beside[::2]:
+        layer.bias.requires_grad_(False)
+    reference = torch.optim.SGD(beside.parameters(), lr=0.01)
+    EVERY[name]().attach(beside, reference)
+    x = torch.randn(5, 6)
+    for _ in range(3):
+        plain.load_state_dict(model.state_dict())
+        beside.load_state_dict(model.state_dict())
+        for network in (model, beside, plain):
+            network.zero_grad()
+            network(x).sin().sum().backward()
+        before = model[0].bias.detach().clone()
+        optimizer.step()
+        reference.step()
+        assert torch.equal(model[0].bias, before) is (how == "stepped by another optimizer")
+        for one, two, three in zip(model[::2], beside[::2], plain[::2], strict=True):
+            torch.testing.assert_close(one.weight, two.weight)
+            torch.testing.assert_close(one.bias.grad, three.bias.grad)
+    assert find_handled(rule) == {"0.weight", "2.weight"}
+
+
+def test_a_bias_left_below_altered_values_is_refused() -> None:
+    model = make_mlp()
+    rule = pw.BackMatching(mode="exact").attach(model, exclude="0.bias")
+    with pytest.raises(pw.PlywiseError, match=r"'0\.bias', which it leaves.*would get a wrong gradient"):
+        model(torch.randn(5, 6)).sin().sum().backward()
+    rule.detach()
+
+
+def test_the_cap_leaves_an_excluded_bias_alone() -> None:
+    model, plain = make_mlp(), make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    pw.BackMatching(cap=1e-3).attach(model, optimizer, exclude="0.bias")
+    x = torch.randn(5, 6)
+    for network in (model, plain):
+        network(x).sin().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(model[0].bias.grad, plain[0].bias.grad)
+    assert model[2].bias.grad.norm() < 0.1 * plain[2].bias.grad.norm()
+
+
+class Shared(nn.Module):
+    """Two layers that add one bias, each as its own or from outside."""
+
+    def __init__(self, is_own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 6, bias=is_own), nn.Linear(6, 6, bias=is_own)
+        self.bias = self.first.bias if is_own else nn.Parameter(torch.randn(6))
+        if is_own:
+            self.second.bias = self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.second, self.call(self.first, x).tanh())
+
+    def call(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return layer(x) if layer.bias is self.bias else F.linear(x, layer.weight, self.bias)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_bias_of_two_layers_belongs_to_neither(name: str, is_own: bool) -> None:
+    """Its gradient is a sum, of which the step could not tell the parts."""
+    model, plain = Shared(is_own), Shared(is_own)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rule = MEMORIES[name]().attach(model, optimizer)
+    x = torch.randn(5, 6)
+    for _ in range(3):
+        plain.load_state_dict(model.state_dict())
+        for network in (model, plain):
+            network.zero_grad()
+            network(x).sin().sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(model.bias.grad, plain.bias.grad)
+    assert all(rule.statistics[key] for key in ("first", "second"))
+
+
+class Shifted(nn.Module):
+    """A layer with one number for all outputs in the place of a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.shift = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.shift)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_one_number_for_all_outputs_is_a_constant(name: str) -> None:
+    model, plain = Shifted(), Shifted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rule = EVERY[name]().attach(model, optimizer)
+    x = torch.randn(5, 6)
+    for _ in range(3):
+        plain.load_state_dict(model.state_dict())
+        for network in (model, plain):
+            network.zero_grad()
+            network(x).sin().sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(model.shift.grad, plain.shift.grad)
+    assert "weight" in find_handled(rule)

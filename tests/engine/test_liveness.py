@@ -1,6 +1,7 @@
 """A rule that takes no part in a step says so; detached or interrupted, it leaves nothing behind."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -176,3 +177,69 @@ def test_an_interrupt_in_the_forward_leaves_no_mode_behind() -> None:
         assert torch.equal(grads(model)[f"0.{name}"], value)
     rule.detach()
     assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.mark.parametrize("make_rule", [pw.ProxProp, pw.Foof])
+def test_other_layers_in_the_place_of_those_that_the_optimizer_stepped(make_rule: Any) -> None:
+    """As many parameters as before, and others: a training that goes from layer to layer."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    optimizer = sgd(model[2])
+    rule = make_rule().attach(model, optimizer)
+    for layer in (model[2], model[0]):
+        optimizer.param_groups[0]["params"] = list(layer.parameters())
+        for _ in range(2):
+            model.zero_grad()
+            model(X).square().sum().backward()
+            optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    model.zero_grad()
+    model(X).square().sum().backward()
+    optimizer.step()
+    handled = [p.grad.clone() for p in model.parameters()]
+    assert {row.name: row.handled for row in rule.explain().rows} == {"0": True, "2": False}
+    rule.detach()
+    model.zero_grad()
+    model(X).square().sum().backward()
+    same = [torch.allclose(g, p.grad) for g, p in zip(handled, model.parameters(), strict=True)]
+    assert same == [False, False, True, True]
+
+
+def test_a_skipped_step_that_fails_does_not_disturb_the_next() -> None:
+    class Careless(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                p.grad.mul_(1)  # fails where there is none
+            return super().step(closure)
+
+    model = net()
+    optimizer = Careless(model.parameters(), lr=0.1)
+    rule = pw.Foof(stats_every=1, refresh_every=1).attach(model, optimizer)
+    for factor in (1.0, float("nan"), 1.0):
+        optimizer.zero_grad()
+        (model(X).square().sum() * factor).backward()
+        if factor == 1:
+            optimizer.step()
+        else:
+            with pytest.warns(RuntimeWarning, match="not finite"), pytest.raises(AttributeError):
+                optimizer.step()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+    assert rule.explain().steps == 2
+
+
+def test_a_step_that_one_rule_skips_is_none_for_another() -> None:
+    model = net()
+    optimizer = sgd(model)
+    rules = [
+        pw.Foof().attach(model, optimizer, layers="0"),
+        pw.ProxProp().attach(model, optimizer, layers="2"),
+    ]
+    for factor in (1.0, float("nan"), 1.0):
+        optimizer.zero_grad()
+        (model(X).square().sum() * factor).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            optimizer.step()
+        assert all(bool(p.grad.isfinite().all()) is (factor == 1) for p in model.parameters())
+    for rule in rules:
+        assert rule.explain().steps == 2
+        assert rule.health.total("step skipped") == 1

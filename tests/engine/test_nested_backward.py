@@ -1,11 +1,13 @@
-"""Functions that make their gradients by `torch.autograd.grad` in their own backward."""
+"""Parts of a network with a backward pass of their own: adjoint blocks, reentrant checkpoints."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 import plywise as pw
 
@@ -88,3 +90,57 @@ def test_back_matching_refuses_a_graph_in_which_it_cannot_measure() -> None:
     rule.attach(model, torch.optim.SGD(model.parameters(), lr=0.05), exclude="block.0")
     model(torch.randn(20, 6)).square().mean().backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+class Flattening(nn.Module):
+    """A part of a network in which samples and positions are one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.reshape(-1, 6)).tanh().reshape(x.shape)
+
+
+class Layered(nn.Module):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.reentrant = reentrant
+        self.first, self.inner, self.last = nn.Linear(6, 6), Flattening(), nn.Linear(6, 2)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.inner(x) if self.reentrant is None else self.again(x)
+
+    def again(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.middle(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    "make_rule",
+    [
+        pw.Consequentialism,
+        lambda: pw.NLMS(reduction="sum"),
+        lambda: pw.BackMatching(mode="exact"),
+        lambda: pw.ProxProp(last_layer="explicit"),
+    ],
+    ids=["CWU", "NLMS of a sum", "exact", "explicit"],
+)
+def test_a_part_that_runs_again_belongs_to_the_batch_around_it(make_rule: Callable[[], pw.Rule]) -> None:
+    """The number of samples is that of the batch, and no layer inside of it is the last one."""
+    found = {}
+    for reentrant in (None, False, True):
+        model = Layered(reentrant)
+        rule = make_rule().attach(model)
+        torch.manual_seed(1)
+        model(torch.randn(4, 5, 6)).square().sum((1, 2)).mean().backward()
+        found[reentrant] = [p.grad for p in model.parameters()]
+        rule.detach()
+    for reentrant in (False, True):
+        for one, two in zip(found[reentrant], found[None], strict=True):
+            torch.testing.assert_close(one, two)

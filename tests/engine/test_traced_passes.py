@@ -21,13 +21,30 @@ def run_with_fake_tensors(model: nn.Module) -> None:
         model(mode.from_tensor(make_batch()[0]))
 
 
+class Product(nn.Module):
+    """A module that is no leaf for torch.fx, so that its calls are traced."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def trace_symbolically(model: nn.Module) -> None:
+    x = make_batch()[0]
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("trace", [export, run_with_fake_tensors])
+@pytest.mark.parametrize("trace", [export, run_with_fake_tensors, trace_symbolically])
 @pytest.mark.parametrize("when", [0, 3])
 def test_tracing_changes_no_step(rule, trace, when):
     results = []
     for traces in (False, True):
         model = make_mlp()
+        model[0] = Product(model[0])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         attached = RULES[rule]().attach(model, optimizer)
         for number in range(8):

@@ -315,3 +315,26 @@ def test_a_computed_weight_of_a_kind_that_is_left_alone_has_its_reason(name: str
         assert not rows[f"0.{key}"].handled
         assert "its kind, 'embedding'" in rows[f"0.{key}"].reason
     assert rows["1.weight"].handled
+
+
+@EACH
+def test_rows_that_are_left_out_do_not_count_for_a_computed_weight(name: str) -> None:
+    """Neither in the first step, which learns from the call itself, nor in the energy of RLS."""
+    found = []
+    mask = torch.arange(6) < torch.tensor([[6], [3], [2], [5]])
+    for padding in (0.0, 50.0):
+        torch.manual_seed(0)
+        layer = parametrizations.weight_norm(nn.Linear(5, 3))
+        optimizer = sgd(layer)
+        rule = RULES[name]().attach(layer, optimizer)
+        for _ in range(3):
+            x = torch.where(mask.unsqueeze(2), torch.randn(4, 6, 5), padding)
+            optimizer.zero_grad()
+            with pw.rows(mask):
+                output = layer(x)
+            output[mask].sin().sum().backward()
+            optimizer.step()
+            found.append([p.grad.clone() for p in layer.parameters()])
+        rule.detach()
+    for one, two in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(one, two)

@@ -106,3 +106,20 @@ def test_vectors_are_kept_while_they_have_not_drifted(rank: int | None) -> None:
     assert torch.equal(first["input.vectors"], alike["input.vectors"])
     assert any(not torch.equal(first[name], alike[name]) for name in moved)
     assert not torch.allclose(other["input.vectors"], alike["input.vectors"], atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [4, 600])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_whose_rate_is_zero_stays(name: str, width: int) -> None:
+    """Turned back, a step moves all of its layer: the column of the bias is turned with the others."""
+    layer = nn.Linear(300, width)
+    others = [p for key, p in layer.named_parameters() if key != name]
+    groups = [{"params": others}, {"params": [getattr(layer, name)], "lr": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    pw.Coordinates(stats_every=1, refresh_every=1).attach(layer, optimizer)
+    before = {key: p.detach().clone() for key, p in layer.named_parameters()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(torch.randn(8, 300) + 1).square().sum().backward()
+        optimizer.step()
+    assert {key for key, p in layer.named_parameters() if torch.equal(p, before[key])} == {name}

@@ -140,10 +140,10 @@ class Arrivals:
                 self._refuse_altered(entry)
 
     def _is_bias(self, entry: ParameterEntry) -> bool:
-        """Return whether calls that the rule handles add this parameter."""
+        """Return whether calls that the rule handles add this parameter, and it takes it."""
         parameter = entry.parameter()
         return any(
-            site.adds is not None and site.adds() is parameter
+            site.adds is not None and site.adds() is parameter and site.takes_bias
             for other in self._table.entries
             for site in other.sites.values()
         )

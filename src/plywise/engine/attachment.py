@@ -258,11 +258,11 @@ class Attachment:
         if self._guard is not None and not self._guard.stepping:
             self._liveness.notice_other_optimizer(entry, self._optimizer_steps)
 
-    def _mark_unstepped(self, in_place: bool = False) -> None:
+    def _mark_unstepped(self, in_place: bool = False, or_before: bool = False) -> None:
         """Leave alone what the optimizer does not step (`Liveness.mark_unstepped`)."""
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is not None:
-            self._liveness.mark_unstepped(optimizer, self.table.entries, in_place)
+            self._liveness.mark_unstepped(optimizer, self.table.entries, in_place, or_before)
         if self._state is not None:
             self._state.resting.forget()
 
@@ -270,7 +270,7 @@ class Attachment:
 
     def _before_step(self, optimizer: Optimizer) -> None:
         if self._liveness.has_other_parameters(optimizer):
-            self._mark_unstepped()
+            self._mark_unstepped(in_place=True, or_before=True)
         if self.table.adopted:
             refuse_replaced(self.table.adopted, optimizer, self._scale is not None)
             self.table.adopted.clear()

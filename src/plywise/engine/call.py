@@ -73,6 +73,8 @@ class LinearCall:
         thin: gives a sample of the inputs by positions (see `LinearMap.sample_positions`), where rows that do
             not count have been taken out of ``a``, so that positions are not known any more.
         answer: the rule's update, once it has been made, so that what is gathered can tell its error.
+        counted: for a rule with running state, this call without the rows that a mask leaves out; None if
+            there is no mask. The gradient is that of all rows, and statistics are those of these.
     """
 
     name: str
@@ -90,6 +92,7 @@ class LinearCall:
     is_topmost: bool = False
     thin: Callable[[int, int], Tensor] | None = None
     answer: "Update | None" = None
+    counted: "LinearCall | None" = None
 
     def __post_init__(self) -> None:
         if not self.samples:

@@ -83,7 +83,7 @@ class Clipping:
             sites = [site for site in entry.sites.values() if not site.computed]
             if not sites or entry.why_left or entry.leave_next or _find_gradient(entry) is None:
                 continue
-            biases = [site.bias() for site in sites if site.bias is not None]
+            biases = [site.bias() for site in sites if site.bias is not None and site.takes_bias]
             for follower in (place, *(places.get(id(bias), place) for bias in biases)):
                 if leaders[follower] < 0:  # the first weight decides
                     leaders[follower] = place

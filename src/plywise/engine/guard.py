@@ -63,6 +63,7 @@ class StepGuard:
         self.overflows = False
         self._norms: list[tuple[Tensor, float]] = []  # of gradients, as this step began
         self._nested = 0
+        self._skips = False
         self._handles = [
             optimizer.register_step_pre_hook(self._pre_step),
             optimizer.register_step_post_hook(self._post_step),
@@ -88,6 +89,8 @@ class StepGuard:
             self._nested += 1
             return None
         self.stepping, self._nested = True, 0
+        self._hidden.clear()  # of a skipped step that has failed
+        self._skips = False
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
         if closure is None:
             self._judge(optimizer)
@@ -109,9 +112,8 @@ class StepGuard:
             self._nested -= 1
             return
         self.stepping = False
-        if self._hidden:
-            self._restore()
-        else:
+        self._restore()
+        if not self._skips:
             self._after_step(optimizer)
         self._norms = []  # they hold the parameters
 
@@ -119,7 +121,10 @@ class StepGuard:
     def _judge(self, optimizer: Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._norms = []
-        self.overflows = False
+        self.overflows = self._skips = False
+        if not parameters and _is_skipped(optimizer):  # by the guard of another rule
+            self._note_skipped()
+            return
         if self._on_nonfinite == "propagate" or self._are_finite(parameters):
             self._before_step(optimizer)
             return
@@ -138,11 +143,15 @@ class StepGuard:
             warnings.warn(
                 message + " Later ones are only counted (rule.health).", RuntimeWarning, stacklevel=4
             )
-        self._health.note("optimizer", health.SKIPPED)
-        self._skipped()
+        self._note_skipped()
         for p in parameters:
             self._hidden.append((p, p.grad))
             p.grad = None
+
+    def _note_skipped(self) -> None:
+        self._health.note("optimizer", health.SKIPPED)
+        self._skips = True
+        self._skipped()
 
     def _are_finite(self, parameters: list[Tensor]) -> bool:
         """Return whether every gradient is finite; also keeps their norms, without a second wait."""
@@ -155,6 +164,12 @@ class StepGuard:
         for parameter, gradient in self._hidden:
             parameter.grad = gradient
         self._hidden.clear()
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Return whether a guard has hidden the gradients of the step that begins."""
+    owners = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_pre_hooks.values())
+    return any(isinstance(owner, StepGuard) and bool(owner._hidden) for owner in owners)
 
 
 def refuse_nonfinite(call: LinearCall, update: Update) -> None:

@@ -47,7 +47,7 @@ class Liveness:
         self._title = title
         self._health = health_
         self._quiet_steps = 0
-        self._stepped = 0
+        self._stepped: set[int] = set()
         self._entry: ParameterEntry | None = None  # the one weight whose version is followed
         self._version = self._steps = self._changes = 0
 
@@ -78,7 +78,11 @@ class Liveness:
         return self._changes
 
     def mark_unstepped(
-        self, optimizer: Optimizer, entries: Iterable[ParameterEntry], in_place: bool = False
+        self,
+        optimizer: Optimizer,
+        entries: Iterable[ParameterEntry],
+        in_place: bool = False,
+        or_before: bool = False,
     ) -> None:
         """Leave alone what the optimizer does not step.
 
@@ -86,11 +90,13 @@ class Liveness:
             optimizer: the optimizer.
             entries: the parameters.
             in_place: whether what has replaced a parameter counts, which may be so only while a module runs.
+            or_before: whether what it has replaced counts, too.
         """
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._stepped = len(stepped)
+        self._stepped = stepped
         for entry in entries:
-            known = id(find_in_place(entry) if in_place else entry.parameter()) in stepped
+            known = in_place and id(find_in_place(entry)) in stepped
+            known = known or ((or_before or not in_place) and id(entry.parameter()) in stepped)
             if known and entry.excluded == UNSTEPPED:
                 entry.excluded = ""
                 entry.used_by.clear()  # by calls that were not taken while it was left alone
@@ -99,7 +105,7 @@ class Liveness:
 
     def has_other_parameters(self, optimizer: Optimizer) -> bool:
         """Return whether the optimizer has got or lost parameters since."""
-        return sum(len(group["params"]) for group in optimizer.param_groups) != self._stepped
+        return {id(p) for group in optimizer.param_groups for p in group["params"]} != self._stepped
 
     def check_part_taken(self, optimizer: Optimizer, entries: list[ParameterEntry], paused: bool) -> None:
         """Warn once if the optimizer steps on gradients that the rule had no part in."""

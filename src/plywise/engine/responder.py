@@ -82,7 +82,7 @@ class RuleResponder:
         if ctx.masks:
             self._unused.check(site.name, ctx.masks, kept is not None, delta)
         counted = call if kept is None else kept.keep(call)
-        counted.samples, counted.is_topmost = self._samples.count(site, counted.samples)
+        counted.samples, counted.is_topmost = self._samples.count(ctx, counted.samples)
         call.samples, call.is_topmost = counted.samples, counted.is_topmost
         site.note_call(counted, None if kept is None else (len(kept.places), kept.mask.mask.numel()))
         if site.entry.leave_next or not counted.a.numel() or not counted.delta.numel() or delta.is_meta:
@@ -111,8 +111,8 @@ class RuleResponder:
         self, site: Site, has_bias: bool, a: Tensor, delta: Tensor, weight: Tensor, sends_below: bool
     ) -> LinearCall:
         canonical = weight if site.layout is PLAIN else site.layout.to_canonical(weight)
-        if has_bias and self._state is not None:
-            has_bias = self._state.has_bias(site.name)
+        if has_bias:
+            has_bias = site.takes_bias if self._state is None else self._state.has_bias(site.name)
         map_ = site.map
         if map_.sends_below is not sends_below:  # the site's first call had an input of other strides
             map_ = replace(map_, sends_below=sends_below)  # type: ignore[type-var]
@@ -136,7 +136,9 @@ class RuleResponder:
         if not self._arrivals.sees(site.entry):
             self._arrivals.watch(site.entry)  # it was frozen, or lazy, so far
         if self._state is not None:
-            self._state.learn_first(call)
+            self._state.learn_first(counted)
+            if counted is not call:
+                call.memory, call.counted = counted.memory, counted
         update = self._rule.update(call)
         check_update(self._rule, call, update)
         counted.answer = update

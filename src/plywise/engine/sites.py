@@ -175,6 +175,8 @@ class Site:
         responder: answers in backward.
         bias: weak reference to the bias parameter that the calls add, or None.
         adds: weak reference to the parameter that the added bias is, or is a view of, or None.
+        bias_entry: what is known of that parameter, or None.
+        has_whole_bias: whether the bias has a number for each output.
         bias_shape: its shape where it is not (outputs,), else None.
         size: sizes of the last call seen in backward.
         rows: shape of its output.
@@ -202,6 +204,8 @@ class Site:
         self.computed: torch.Size | None = None
         self.bias: weakref.ref[Tensor] | None = None
         self.adds: weakref.ref[Tensor] | None = None
+        self.bias_entry: ParameterEntry | None = None
+        self.has_whole_bias = True
         self.bias_shape: torch.Size | None = None
         self.size: Size | None = None
         self.rows: torch.Size | None = None
@@ -224,6 +228,11 @@ class Site:
             (site.part, site.layout, site.map.groups, site.computed, site.module) for site in (self, other)
         )
         return mine == its
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether the rule takes the bias that calls add; one that is left to the optimizer is a constant."""
+        return self.has_whole_bias and (self.bias_entry is None or not self.bias_entry.excluded)
 
     @property
     def module(self) -> nn.Module | None:

@@ -44,8 +44,8 @@ class ProxProp(Rule):
     Limits: AᵀA is the sum over the batch as in the paper, so the method depends on the batch size (k copies
         of a batch act as kτ); with ``gram="mean"`` it does not. k accumulated micro-batches average k
         updates, which is not the update of the joined batch. The last layer is the one that backward meets
-        first: where the model has several heads, in stages of a pipeline and with a reentrant checkpoint,
-        name those that take explicit steps by ``attach(..., exclude=...)``.
+        first: where the model has several heads, and in stages of a pipeline, name those that take
+        explicit steps by ``attach(..., exclude=...)``.
 
     Args:
         tau: proximal step size τ (τ_θ in the paper); larger trusts the local problem more. τ → 0 is

@@ -94,7 +94,7 @@ class RLS(StatefulRule):
             move = call.gradient().scaled(1 / self.ridge, 1 / self.ridge)
         if call.waits:
             return move
-        _, _, energy, fit = self._measure(call.memory, self.gather(call, 0))
+        _, _, energy, fit = self._measure(call.memory, self.gather(call.counted or call, 0))
         h = (self.forgetting + energy * fit) / fit
         if call.groups == 1:
             return move.scaled(1 / h, 1 / h)

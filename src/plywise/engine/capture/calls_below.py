@@ -129,25 +129,35 @@ def find_leaf_nodes(start: Any) -> list[Any]:
 
 
 class PassSamples:
-    """The samples of backward passes: those of the call that a pass met first, on top."""
+    """The samples of backward passes: those of the call that a pass met first, on top.
+
+    A reentrant checkpoint runs its part of the forward in a backward pass, and then a pass of its own through
+    it. That one belongs to the pass around it.
+    """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[int, int]] = {}
 
-    def count(self, site: Any, samples: int) -> tuple[int, bool]:
-        """Return the number of samples of the running backward, and whether it began at this site.
+    def count(self, node: Any, samples: int) -> tuple[int, bool]:
+        """Return the number of samples of the running backward, and whether it began at this layer.
 
         Args:
-            site: the layer whose call the backward has come to.
+            node: the call that the backward has come to.
             samples: the samples of that call.
         """
-        task = torch._C._current_graph_task_id()
+        task, own = torch._C._current_graph_task_id(), id(node.site)
         if task not in self._known:
-            if len(self._known) >= KEPT_PASSES:
-                del self._known[next(iter(self._known))]
-            self._known[task] = samples, id(site)
+            outer = getattr(node, "made_in", task)
+            known = self._known.get(outer, (samples, own))
+            self._remember(outer, known)
+            self._remember(task, known)
         samples, topmost = self._known[task]
-        return samples, topmost == id(site)
+        return samples, topmost == own
+
+    def _remember(self, task: int, known: tuple[int, int]) -> None:
+        if task not in self._known and len(self._known) >= KEPT_PASSES:
+            del self._known[next(iter(self._known))]
+        self._known[task] = known
 
 
 _training: set[object] = set()

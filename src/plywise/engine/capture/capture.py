@@ -260,7 +260,7 @@ class Capture:
                 return
             self._pop_mode()  # an interrupt (Ctrl-C) has skipped the hook that leaves
         local.outermost = local.innermost = local.compiler = None
-        if self.paused or torch._C._is_tracing():  # a traced copy is a plain one
+        if self.paused or _is_tracing():  # a traced copy is a plain one
             return
         self._table.begin_pass()
         self.exploring = self._find_leave_hook(module).explores()
@@ -304,6 +304,11 @@ class Capture:
             others.append(mode)  # another rule's, entered after ours
         for mode in reversed(others):
             _push(mode)
+
+
+def _is_tracing() -> bool:
+    """Return whether torch.jit.trace or torch.fx.symbolic_trace runs the model."""
+    return torch._C._is_tracing() or getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)
 
 
 def runs_twice(code: CodeType, owner: object) -> bool:

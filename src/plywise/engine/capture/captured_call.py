@@ -28,6 +28,8 @@ _is_mapped: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtens
 """Whether a tensor holds several Δ at once, as ``torch.autograd.grad(is_grads_batched=True)`` makes it."""
 _autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
+_find_pass: Callable[[], int] = torch._C._current_graph_task_id
+"""The backward pass that runs; -1 if none does."""
 
 
 _count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -44,6 +46,8 @@ class CapturedCall(torch.autograd.Function):
         output = run(x, weight, bias)
         if _count_modes():
             ctx.is_passed_once = _is_passed_once()
+        if (task := _find_pass()) != -1:  # a checkpoint runs the call again
+            ctx.made_in = task
         ctx.site, ctx.run, ctx.sends_below, ctx.masks = site, run, True, get_active_masks()
         ctx.has_bias = bias is not None and bias.requires_grad  # a frozen bias is a constant
         dtype, input_dtype = output.dtype, x.dtype
@@ -87,6 +91,8 @@ class TappedCall(torch.autograd.Function):
         """Return the output in ``box``; keep the tensors from which the map's input is made."""
         if _count_modes():
             ctx.is_passed_once = _is_passed_once()
+        if (task := _find_pass()) != -1:
+            ctx.made_in = task
         ctx.site, ctx.run, ctx.sends_below, ctx.masks = site, run, False, get_active_masks()
         value, ctx.prepare, kept = box
         ctx.has_bias = bias is not None and bias.requires_grad

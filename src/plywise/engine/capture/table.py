@@ -76,7 +76,7 @@ class ParameterTable:
         self._by_id = {**aliases, **{id(e.parameter()): (e.parameter, e) for e in self.entries}}
         self._sharded = [e for e in self.entries if e.sharding is not None]
         self._by_place = {(id(ref()), e.key): e for e in self.entries for _, ref in e.owners}
-        self.unsettled = False
+        self.unsettled = any(e.leave_next and not e.left for e in self.entries)
 
     def begin_pass(self) -> None:
         """Begin a forward: what was found during the last one takes effect now.
@@ -212,11 +212,11 @@ class ParameterTable:
         if site is None:
             site = self._make_site(entry, key, part, shape)
             if bias is not None:
-                self._note_bias(site, bias)
+                self._note_bias(site, bias, weight)
             entry.sites[whole] = site
             self._add_site(site)
         elif bias is not None and site.adds is not None and site.adds() is None:  # it has been replaced
-            self._note_bias(site, bias)
+            self._note_bias(site, bias, weight)
         return site
 
     def _make_site(
@@ -237,7 +237,7 @@ class ParameterTable:
             site.name += f" ({'×'.join(map(str, computed)) if computed else key[1].name})"
         return site
 
-    def _note_bias(self, site: Site, bias: Tensor) -> None:
+    def _note_bias(self, site: Site, bias: Tensor, weight: Tensor) -> None:
         """Remember which parameter the calls of a site add."""
         base = bias if bias._base is None else bias._base
         known = self._find_stand_in(base)
@@ -245,12 +245,15 @@ class ParameterTable:
             known = self._find_by_place(base, site.module)
         # an entry's own reference, by which `follow` knows it again
         site.adds = weakref.ref(base) if known is None else known.parameter
+        site.bias_entry = known
         site.bias = site.adds if isinstance(bias, Parameter) else None
         if known is None and self._computed_biases:
             for source in self._find_sources(bias):
                 if not source.sites and not source.expected:
                     source.computed_into = site.entry
         site.bias_shape = None if bias.dim() == 1 else bias.shape
+        with torch.no_grad():  # torch also takes one number for all outputs
+            site.has_whole_bias = bias.numel() == len(site.layout.to_canonical(weight))
 
     # ---- tensors that are not parameters known so far -----------------------------------------------
 

@@ -169,9 +169,23 @@ class TurnedSteps:
         found_inf = getattr(optimizer, "found_inf", None)
         if not is_turned or (found_inf is not None and bool(found_inf)):  # a fused optimizer has not stepped
             return
+        still = self._find_still(optimizer)
         with torch.no_grad():
+            values = [parameter.clone() for parameter in still]
             for group in self._arranged:
                 group.turn_back(self._note)
+            for parameter, value in zip(still, values, strict=True):
+                parameter.copy_(value)
+
+    def _find_still(self, optimizer: Optimizer) -> list[Tensor]:
+        """Find the parameters whose rate is 0: they stay, though a step turned back moves its whole layer."""
+        rates = ((group, group.get("lr")) for group in optimizer.param_groups)
+        groups = [group for group, rate in rates if rate is not None and float(rate) == 0]
+        still = {id(parameter) for group in groups for parameter in group["params"]}
+        if not still:
+            return []
+        own = {id(p): p for layer in self._last for p in layer.trained}
+        return [parameter for key, parameter in own.items() if key in still]
 
     def _note(self, layer: LayerHandle) -> None:
         """Count that a matrix of this layer is not finite once it is turned."""

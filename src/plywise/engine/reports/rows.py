@@ -121,8 +121,9 @@ def _find_biases(entries: list[ParameterEntry]) -> dict[int, list[ParameterEntry
         if not entry.sites and entry.expected and entry.attribute in ("weight", "in_proj_weight"):
             name = "in_proj_bias" if entry.attribute == "in_proj_weight" else "bias"
             added = [by_place.get((path, name)) for path, _ in entry.owners]
-        # a weight that calls add as well (a row of it) has a row of its own
-        found[id(entry)] = [bias for bias in dict.fromkeys(added) if bias is not None and not bias.sites]
+        # a weight that calls add as well (a row of it) has a row of its own, and so has what is left alone
+        known = [bias for bias in dict.fromkeys(added) if bias is not None]
+        found[id(entry)] = [bias for bias in known if not bias.sites and not (bias.excluded and bias.trains)]
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from plywise.engine.sites import ParameterEntry, Part, Site
-from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.layer_handle import LayerHandle, find_bias_name
 
 
 class KnownLayers:
@@ -22,6 +22,8 @@ class KnownLayers:
         self.by_name: dict[str, LayerHandle] = {}
         self._places: dict[ParameterEntry, int] = {}
         self._sorted: list[LayerHandle] = []
+        entries = list(entries)
+        self._by_place = {(id(ref()), entry.key): entry for entry in entries for _, ref in entry.owners}
         for place, entry in enumerate(entries):
             self._places[entry] = place
             if not entry.why_left and entry.expected and not entry.is_original:
@@ -37,6 +39,7 @@ class KnownLayers:
         known = self.by_name.get(site.name)
         if known is not None and known.site is None:
             known.site = site
+            self._note_shared_bias(site)
             return site.computed is None
         others = [layer.site for layer in self.of_weight(site.entry) if layer.site is not None]
         if known is None:
@@ -44,13 +47,25 @@ class KnownLayers:
             if expected is not None and expected.site is None:  # its parts are used apart
                 del self.by_name[expected.name]
             self._add(site.name, site.entry, site)
+            self._note_shared_bias(site)
         if site.computed is not None:
             return False
         return all(other.is_like(site) for other in others if _do_overlap(other, site))
 
     def _add(self, name: str, entry: ParameterEntry, site: Site | None) -> None:
-        self.by_name[name] = LayerHandle(name, entry, site)
+        own_bias = self._by_place.get((id(entry.owners[0][1]()), find_bias_name(entry)))
+        layer = self.by_name[name] = LayerHandle(name, entry, site, own_bias)
+        layer.shares_bias = own_bias is not None and not _list_owners(own_bias) <= _list_owners(entry)
         self._sorted.clear()
+
+    def _note_shared_bias(self, site: Site) -> None:
+        """Note if calls of several weights add one bias, whose gradient is then the sum over all of them."""
+        bias = None if site.bias is None else site.bias()
+        sites = [(layer, layer.site) for layer in self.by_name.values() if layer.site is not None]
+        adding = [layer for layer, one in sites if one.bias is not None and one.bias() is bias]
+        if bias is not None and len({id(layer.entry) for layer in adding}) > 1:
+            for layer in adding:
+                layer.shares_bias = True
 
     def of_weight(self, entry: ParameterEntry) -> list[LayerHandle]:
         """Return the layers that one parameter makes: one, or several if its parts are used apart."""
@@ -66,6 +81,10 @@ class KnownLayers:
         part = None if layer.site is None else layer.site.part
         place = self._places.get(layer.entry, len(self._places))
         return place, 0 if part is None else part[0], "" if part is not None else layer.name
+
+
+def _list_owners(entry: ParameterEntry) -> set[int]:
+    return {id(ref()) for _, ref in entry.owners}
 
 
 def _do_overlap(first: Site, second: Site) -> bool:

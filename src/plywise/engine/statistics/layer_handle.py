@@ -28,6 +28,7 @@ class LayerHandle:
         name: its name.
         entry: the parameter that is its weight.
         site: the calls that use it; None before the first of them.
+        own_bias: what is known of the bias of its module, until a call shows which one is added; or None.
 
     Attributes:
         stand_ins: tensors that take the place of ``.grad`` for a while, by the parameter's id: the whole
@@ -36,16 +37,21 @@ class LayerHandle:
         acts_alone: whether backward makes all its updates: the weight is computed or used in several ways, so
             that the step has no gradient of this use alone.
         counts_bias: whether the bias belongs to the layer; None if it does while it trains.
+        shares_bias: whether layers with other weights add the same bias, so that it belongs to none of them.
     """
 
-    def __init__(self, name: str, entry: ParameterEntry, site: Site | None) -> None:
+    def __init__(
+        self, name: str, entry: ParameterEntry, site: Site | None, own_bias: ParameterEntry | None = None
+    ) -> None:
         self.name = name
         self.entry = entry
         self.site = site
+        self._own_bias = own_bias
         self.stand_ins: dict[int, Tensor] = {}
         self.expects_bias = True
         self.acts_alone = False
         self.counts_bias: bool | None = None
+        self.shares_bias = False
         self._module: weakref.ref[nn.Module] = entry.owners[0][1]
 
     @property
@@ -91,17 +97,19 @@ class LayerHandle:
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias, if there is one and it trains; one that is computed (a parametrization) is a constant."""
-        bias = None
+        """The bias, if there is one, it trains, and it belongs to this layer.
+
+        One that is computed (a parametrization), shared, or left to the optimizer, is a constant.
+        """
+        bias, is_taken = None, self._own_bias is None or not self._own_bias.excluded
         if self.site is not None:
-            bias = None if self.site.bias is None else self.site.bias()
+            bias, is_taken = None if self.site.bias is None else self.site.bias(), self.site.takes_bias
         elif self.expects_bias:
             module = self._module()
-            name = "in_proj_bias" if self.entry.attribute == "in_proj_weight" else "bias"
-            bias = None if module is None else module._parameters.get(name)
+            bias = None if module is None else module._parameters.get(find_bias_name(self.entry))
         counts = self.counts_bias is None or self.counts_bias
-        trains = bias is not None and (self.counts_bias or bias.requires_grad)
-        return bias if counts and trains else None
+        trains = bias is not None and bias.requires_grad and is_taken and not self.shares_bias
+        return bias if counts and (self.counts_bias or trains) else None
 
     @contextmanager
     def with_bias(self, counts: bool) -> Iterator[None]:
@@ -218,6 +226,11 @@ class LayerHandle:
         gradient = self.find_gradient(parameter)
         assert gradient is not None
         return gradient
+
+
+def find_bias_name(entry: ParameterEntry) -> str:
+    """Return the name that the bias beside a weight has in a module of torch."""
+    return "in_proj_bias" if entry.attribute == "in_proj_weight" else "bias"
 
 
 def predict_groups(module: Any) -> int:
