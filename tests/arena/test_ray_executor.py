@@ -17,6 +17,8 @@ from plywise.arena.scoring.records import FINAL, TUNED, Key
 from plywise.cli import main
 from plywise.errors import PlywiseError
 
+pytestmark = pytest.mark.timeout(600)  # processes start slowly on a busy machine
+
 HERE = "competitors"
 OWN = WorkloadSpec("own", f"{HERE}:model", f"{HERE}:data", steps=12, batch_size=32)
 CLOCKS = ("cpu", "wall", "measuring", "peak_mib", "finished")

@@ -19,6 +19,8 @@ from plywise.training.session import open_session
 from processes import ForkedCommand
 from sameness import same
 
+pytestmark = pytest.mark.timeout(600)  # processes start slowly on a busy machine
+
 MODULE = """
 import torch
 from torch import nn
@@ -44,7 +46,7 @@ class Burst(nn.Linear):
 def burst():
     return [nn.Sequential(nn.Linear(6, 8), nn.ReLU()), Burst(8, 3)]
 """
-DEADLINE = 90.0
+DEADLINE = 300.0
 PLAN = [
     "--model",
     "mine:net",
