@@ -96,7 +96,8 @@ class LocalTrainer:
     @property
     def health(self) -> Health:
         """Counts of skipped steps and of the rule's fallbacks, so far."""
-        return self._steps if self.rule is None else Health(self._steps.counts + self.rule.health.counts)
+        # both count a step that one of them skips
+        return self._steps if self.rule is None else Health(self._steps.counts | self.rule.health.counts)
 
     def explain(self, batch_size: int = 128) -> Explanation:
         """One row for each layer: what happens to it, and why (see `plywise.engine.rule.Rule.explain`)."""
