@@ -235,7 +235,7 @@ def _about_conditioning(diagnosis: Diagnosis, subject: str) -> list[Advice]:
                 "foof+adamw",
                 "Foof or FeatureWhitening on AdamW",
                 f"{why}Both undo that; a ConvNet on CIFAR-10 took 0.26 and 0.32 of AdamW's steps and 0.31 "
-                "and 0.38 of its CPU time to AdamW's best loss.",
+                "and 0.37 of its CPU time to AdamW's best loss.",
                 _say_how_sure(
                     diagnosis,
                     True,
@@ -248,7 +248,7 @@ def _about_conditioning(diagnosis: Diagnosis, subject: str) -> list[Advice]:
         Advice(
             "feature-whitening+adamw",
             "FeatureWhitening on AdamW",
-            f"{why}It undoes that; an MLP on Fashion-MNIST took 0.38 of AdamW's steps and 0.78 of its CPU "
+            f"{why}It undoes that; an MLP on Fashion-MNIST took 0.40 of AdamW's steps and 0.83 of its CPU "
             "time to AdamW's best loss.",
             _say_how_sure(
                 diagnosis,
