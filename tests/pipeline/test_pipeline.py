@@ -170,7 +170,10 @@ def test_replicas_with_different_numbers_of_batches_are_refused(crew: Crew, tmp_
 def test_replicas_of_what_learns_in_closed_form_are_refused(crew: Crew, tmp_path: Path) -> None:
     rows = [[slice(0, 8)], [slice(8, 16)]]
     outcomes = crew.outcomes(4, jobs.share, "cascaded", rows, str(tmp_path))
-    assert all("learns in closed form" in outcome.value for outcome in outcomes), outcomes
+    named = ["learns in closed form" in outcome.value for outcome in outcomes]
+    assert sum(named) >= 2, outcomes  # the others may see first that these have gone
+    others = {outcome.raised for outcome, says in zip(outcomes, named, strict=True) if not says}
+    assert others <= {"PipelineError"}
 
 
 def test_replicas_with_blocks_that_never_learn(crew: Crew, tmp_path: Path) -> None:
