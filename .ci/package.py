@@ -5,8 +5,7 @@
     python .ci/package.py --torch torch==2.9.0 --tests rules  # some tests on it besides
 
 What is checked: the metadata and the long description (twine), that both archives give the same wheel, `pip
-check`, a smoke run, a user's script under mypy and pyright, in which `plywise.Nope` must be an error, and the
-contract of rules and learners.
+check`, a smoke run, and a user's script under mypy and pyright, in which `plywise.Nope` must be an error.
 """
 
 import argparse
@@ -50,22 +49,6 @@ learner.step(x, y)
 print(torch.__version__, pw.__version__, f"loss {losses[0]:.3f} to {losses[-1]:.3f}")
 """
 
-CONTRACT = """
-from dataclasses import dataclass
-
-import plywise as pw
-from plywise.testing import check_learner, check_rule
-
-@dataclass(frozen=True, eq=False)
-class Half(pw.Rule):
-    def update(self, call):
-        return call.gradient().scaled(0.5, 0.5)
-
-if __name__ == "__main__":
-    print(check_rule(Half, only=["no_trace", "errors", "scales"]))
-    print(check_learner(pw.LocalLoss))
-"""
-
 TYPED = """
 import torch
 import plywise as pw
@@ -102,7 +85,6 @@ def main() -> None:
         use(python, work)
         if not options.no_types:
             check_types(python, work)
-        check_contract(python, work, wheel)
         if options.tests:
             run_tests(python, options.tests)
     print("The packages are good.")
@@ -161,14 +143,6 @@ def check_types(python: Path, work: Path) -> None:
         print(found.stdout)
         if found.returncode != 1 or found.stdout.count("Nope") != 2 or "tua" not in found.stdout:
             sys.exit(f"{checker[0]} does not see that plywise has no Nope, or that ProxProp has no tua.")
-
-
-def check_contract(python: Path, work: Path, wheel: Path) -> None:
-    """Put a user's rule, and a learner, to the contract that the wheel brings."""
-    run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{wheel}[testing]"])
-    script = work / "contract.py"
-    script.write_text(CONTRACT)
-    run([python, script], work)
 
 
 def run_tests(python: Path, names: list[str]) -> None:

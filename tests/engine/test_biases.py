@@ -195,13 +195,10 @@ class Shared(nn.Module):
         return layer(x) if layer.bias is self.bias else F.linear(x, layer.weight, self.bias)
 
 
-@pytest.mark.parametrize("is_own", [True, False])
-@pytest.mark.parametrize("name", MEMORIES)
-def test_a_bias_of_two_layers_belongs_to_neither(name: str, is_own: bool) -> None:
-    """Its gradient is a sum, of which the step could not tell the parts."""
-    model, plain = Shared(is_own), Shared(is_own)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    rule = MEMORIES[name]().attach(model, optimizer)
+def assert_plain_gradients(
+    model: nn.Module, plain: nn.Module, optimizer: torch.optim.Optimizer, name: str
+) -> None:
+    """Train three steps; assert that a parameter gets the gradient that it gets in a model without a rule."""
     x = torch.randn(5, 6)
     for _ in range(3):
         plain.load_state_dict(model.state_dict())
@@ -209,7 +206,17 @@ def test_a_bias_of_two_layers_belongs_to_neither(name: str, is_own: bool) -> Non
             network.zero_grad()
             network(x).sin().sum().backward()
         optimizer.step()
-        torch.testing.assert_close(model.bias.grad, plain.bias.grad)
+        torch.testing.assert_close(model.get_parameter(name).grad, plain.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_bias_of_two_layers_belongs_to_neither(name: str, is_own: bool) -> None:
+    """Its gradient is a sum, of which the step could not tell the parts."""
+    model, plain = Shared(is_own), Shared(is_own)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    rule = MEMORIES[name]().attach(model, optimizer)
+    assert_plain_gradients(model, plain, optimizer, "bias")
     assert all(rule.statistics[key] for key in ("first", "second"))
 
 
@@ -230,12 +237,5 @@ def test_one_number_for_all_outputs_is_a_constant(name: str) -> None:
     model, plain = Shifted(), Shifted()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     rule = EVERY[name]().attach(model, optimizer)
-    x = torch.randn(5, 6)
-    for _ in range(3):
-        plain.load_state_dict(model.state_dict())
-        for network in (model, plain):
-            network.zero_grad()
-            network(x).sin().sum().backward()
-        optimizer.step()
-        torch.testing.assert_close(model.shift.grad, plain.shift.grad)
+    assert_plain_gradients(model, plain, optimizer, "shift")
     assert "weight" in find_handled(rule)

@@ -176,9 +176,8 @@ class KroneckerRule(StatefulRule):
             note = partial(health.note, name)
             root: Root | None
             if rank is None:
-                root = compute_inverse_root(
-                    statistic / count, power, self.damping, self.relative_to, self.solver, note
-                )
+                mean = statistic / count if self.statistic == "mean" else statistic
+                root = compute_inverse_root(mean, power, self.damping, self.relative_to, self.solver, note)
             else:
                 start = last.vectors if isinstance(last, LowRankRoot) else None
                 root = compute_low_rank_root(
