@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from plywise import Rule
+from plywise import Rule, StatefulRule
 from plywise.testing.contract.models import compute_loss, make_batch
 
-WARM_STEPS = 5
-"""Then a lone layer acts by its memory, and of several some do while others take their turn to refresh."""
+MOST_WARM_STEPS = 5
+"""The largest number of steps in which a rule learns before it is tested."""
 
 WARM_ROWS = 2
 """So few that backward itself makes the moves of most linear layers, and the step those of convolutions."""
@@ -23,7 +23,6 @@ def attach(
     optimizer: Optimizer | None = None,
     *,
     warm: Callable[[], Tensor] | tuple[int, ...] | None = None,
-    steps: int = WARM_STEPS,
     **options: Any,
 ) -> Rule:
     """Attach ``rule``, without an optimizer if it can do without.
@@ -39,15 +38,24 @@ def attach(
         options.setdefault("on_nonfinite", "raise")  # the default without an optimizer
     rule.attach(model, optimizer, **options)
     if warm is not None:
-        learn(model, optimizer, warm, steps)
+        learn(model, optimizer, warm, count_warm_steps(rule))
     return rule
+
+
+def count_warm_steps(rule: Rule) -> int:
+    """Count the steps after which a lone layer acts by its memory, and of several some are due to refresh.
+
+    After two cycles but one step it is a layer's turn neither to learn for the first time nor to refresh.
+    """
+    cycle = rule.refresh_every if isinstance(rule, StatefulRule) else 1
+    return min(max(2 * cycle - 1, 3), MOST_WARM_STEPS)
 
 
 def learn(
     model: nn.Module,
     optimizer: Optimizer,
     warm: Callable[[], Tensor] | tuple[int, ...],
-    steps: int = WARM_STEPS,
+    steps: int,
 ) -> None:
     """Take steps that change nothing except the rule's memory."""
     loss = warm if callable(warm) else _make_loss(model, warm)
@@ -76,5 +84,5 @@ def list_own_keys(state: dict[Any, Any]) -> list[Any]:
 
 
 def _make_loss(model: nn.Module, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    dtype = next(model.parameters()).dtype
-    return lambda: compute_loss(model, make_batch(shape, WARM_ROWS, dtype, seed=77))
+    batch = make_batch(shape, WARM_ROWS, next(model.parameters()).dtype, seed=77)
+    return lambda: compute_loss(model, batch)

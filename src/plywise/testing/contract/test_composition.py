@@ -9,7 +9,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from plywise import Rule
 from plywise.testing.cases import Case
-from plywise.testing.contract.attaching import attach, learn
+from plywise.testing.contract.attaching import attach, count_warm_steps, learn
 from plywise.testing.contract.models import (
     MODELS,
     Finding,
@@ -137,7 +137,7 @@ def test_loading_into_an_attached_model(case: Case, rule: Rule) -> None:
     optimizer = SGD(model.parameters(), lr=0.1)
     attach(rule, model, optimizer if rule.remembers else None)
     model.load_state_dict(other.state_dict())
-    learn(model, optimizer, (6,))
+    learn(model, optimizer, (6,), count_warm_steps(rule))
     attach(case.make(), other, warm=(6,))
     for net in (model, other):
         compute_loss(net, data).backward()
