@@ -1,6 +1,7 @@
 """Micro-batches, reused layers, dtypes and loss scales: the statistics are those of the whole batch."""
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -48,13 +49,23 @@ def run_in_parts(run: Run, sizes: tuple[int, ...]) -> list[dict[str, Tensor]]:
     return found
 
 
+Record = Callable[[Case, str], list[dict[str, Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def run_whole() -> Record:
+    """Trains on whole batches in float64; once for all tests."""
+    return cache(lambda case, kind: run_in_parts(start(case, kind, dtype=torch.float64), (4,)))
+
+
 @pytest.mark.one_of_family
 @pytest.mark.parametrize("kind", ["mlp", "mixed"])
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 1, 1, 1), (3, 1)], ids=str)
-def test_micro_batches_are_one_batch(memory_case: Case, kind: str, sizes: tuple[int, ...]) -> None:
-    whole = run_in_parts(start(memory_case, kind, dtype=torch.float64), (4,))
+def test_micro_batches_are_one_batch(
+    memory_case: Case, kind: str, sizes: tuple[int, ...], run_whole: Record
+) -> None:
     parts = run_in_parts(start(memory_case, kind, dtype=torch.float64), sizes)
-    for one, other in zip(parts, whole, strict=True):
+    for one, other in zip(parts, run_whole(memory_case, kind), strict=True):
         # as far apart as eigenvalues are close
         vectors = {key for key in other if key.endswith((".vectors", ".basis"))}
         assert_close(leave_out(one, vectors), leave_out(other, vectors), 1e-12)
@@ -110,6 +121,12 @@ def test_statistics_are_float32_at_least(
     assert not run.rule.health.counts
 
 
+@pytest.fixture(scope="module")
+def train_undisturbed() -> Record:
+    """Trains for some steps; once for all tests."""
+    return cache(lambda case, kind: start(case, kind).record(range(7)))
+
+
 @pytest.mark.parametrize("at", [1, 2, 3])
 @pytest.mark.parametrize(
     ("dtype", "kept", "tolerance"),
@@ -117,17 +134,23 @@ def test_statistics_are_float32_at_least(
     ids=str,
 )
 def test_the_model_moves_between_steps(
-    memory_case: Case, at: int, dtype: torch.dtype, kept: torch.dtype, tolerance: float
+    memory_case: Case,
+    at: int,
+    dtype: torch.dtype,
+    kept: torch.dtype,
+    tolerance: float,
+    train_undisturbed: Record,
 ) -> None:
-    still, moved = start(memory_case, steps=at), start(memory_case, steps=at)
+    moved = start(memory_case, steps=at)
     moved.model.to(dtype)
     for number in range(at, at + 4):
-        still.step(number)
         moved.step(number)
     found = moved.copy_memory()
     assert list_dtypes(found) == {kept}
     assert not moved.rule.health.counts
-    for name, value in copy_weights(still.model).items():
+    undisturbed = train_undisturbed(memory_case, "mlp")[at + 3]
+    for name in copy_weights(moved.model):
+        value = undisturbed[name]
         difference = (copy_weights(moved.model)[name].float() - value).abs().max()
         assert difference <= tolerance * value.abs().max(), name
 
@@ -150,18 +173,19 @@ def step_under_autocast(run: Run, number: int, around: str) -> None:
 @pytest.mark.one_of_family
 @pytest.mark.parametrize("kind", ["mlp", "mixed"])
 @pytest.mark.parametrize("around", ["forward", "backward", "all"])
-def test_autocast(memory_case: Case, kind: str, around: str) -> None:
-    run, plain = start(memory_case, kind), start(memory_case, kind)
+def test_autocast(memory_case: Case, kind: str, around: str, train_undisturbed: Record) -> None:
+    run = start(memory_case, kind)
     for number in range(4):
         step_under_autocast(run, number, around)
-        plain.step(number)
     found = run.copy_memory()
     assert list_dtypes(found) == {torch.float32}
     assert are_finite(found)
     assert not run.rule.health.counts
-    for name, value in copy_weights(plain.model).items():
+    undisturbed = train_undisturbed(memory_case, kind)[3]
+    for name, found_weight in copy_weights(run.model).items():
+        value = undisturbed[name]
         if value.is_floating_point():
-            assert (copy_weights(run.model)[name] - value).abs().max() <= 0.15 * value.abs().max(), name
+            assert (found_weight - value).abs().max() <= 0.15 * value.abs().max(), name
 
 
 @pytest.mark.parametrize("around", ["backward", "all"])

@@ -3,6 +3,8 @@
 import pickle
 import re
 import socket
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +60,10 @@ def start_whole(case: Case, kind: str, seed: int = 1) -> Run:
     return run
 
 
-def run_whole(case: Case, kind: str) -> Seen:
-    """Run in one process, and copy the state after each step."""
-    run = start_whole(case, kind)
-    found = run.record(range(STEPS))
-    return stack_steps(found)
+@pytest.fixture(scope="module")
+def run_whole() -> Callable[[Case, str], Seen]:
+    """Runs in one process, and copies the state after each step; once for all tests."""
+    return cache(lambda case, kind: stack_steps(start_whole(case, kind).record(range(STEPS))))
 
 
 def take_last(seen: Seen) -> Seen:
@@ -80,7 +81,9 @@ def assert_same_run(one: Seen, two: Seen, expected: Seen) -> None:
 
 
 @pytest.mark.parametrize(("kind", "way"), TRACES)
-def test_two_halves_are_one_whole(memory_case: Case, pair: list[dict[str, Any]], kind: str, way: str) -> None:
+def test_two_halves_are_one_whole(
+    memory_case: Case, pair: list[dict[str, Any]], run_whole: Callable[[Case, str], Seen], kind: str, way: str
+) -> None:
     one, two = (seen["traces"][f"{kind} {way}"] for seen in pair)
     assert_same_run(one, two, run_whole(memory_case, kind))
 
@@ -105,7 +108,9 @@ def test_one_process_goes_on_from_what_either_saved(
     assert_close(run.record(range(SAVED, STEPS))[-1], seen["end"], TOLERANCE)
 
 
-def test_micro_batches_without_sync(memory_case: Case, pair: list[dict[str, Any]]) -> None:
+def test_micro_batches_without_sync(
+    memory_case: Case, pair: list[dict[str, Any]], run_whole: Callable[[Case, str], Seen]
+) -> None:
     one, two = (seen["micro-batches"] for seen in pair)
     assert_same_run(one, two, run_whole(memory_case, "mixed"))
 
@@ -115,7 +120,9 @@ def test_a_layer_that_rests_on_one_process(memory_case: Case, pair: list[dict[st
     assert_same_run(one, two, run_branched(memory_case.make(), whole=True))
 
 
-def test_nan_on_one_process_is_skipped_by_both(memory_case: Case, pair: list[dict[str, Any]]) -> None:
+def test_nan_on_one_process_is_skipped_by_both(
+    memory_case: Case, pair: list[dict[str, Any]], run_whole: Callable[[Case, str], Seen]
+) -> None:
     one, two = (seen["poisoned"] for seen in pair)
     for seen in (one, two):
         assert seen["skipped"] == 1
