@@ -13,14 +13,12 @@ from torch.optim import SGD, Optimizer
 from contract.registry import CASES, Case
 from plywise import Rule
 from plywise.engine.health import UNUSED
+from plywise.testing.contract.attaching import count_warm_steps
 
 from .passes import run_pass, seeded
 
 KINDS = ("default", "all") if "kinds" in inspect.signature(Rule.attach).parameters else ("default",)
 """What a rule is asked to handle: linear and convolution layers, or every kind of map that it can."""
-
-WARM_STEPS = 5
-"""After so many steps a rule with memory acts, and layers that take turns have had theirs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +53,7 @@ def warm_up(rule: Rule, model: nn.Module, optimizer: Optimizer, args: Any, kwarg
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* took no part in the last", RuntimeWarning)
-        for _ in range(WARM_STEPS):
+        for _ in range(count_warm_steps(rule)):
             run_pass(model, args, kwargs)
             optimizer.step()
     if rule.health.total(UNUSED) and (handled := find_handled(rule, model)):
