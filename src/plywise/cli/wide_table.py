@@ -31,7 +31,6 @@ class WideTable(Table):
             yield self._take(places, widths, has_title=number == 0)
 
     def _take(self, places: list[int], widths: list[int], has_title: bool) -> Table:
-        """Make a table of some columns."""
         piece = Table(
             box=self.box,
             title=self.title if has_title else None,

@@ -237,7 +237,6 @@ def _format_lead(field: BenchResults) -> str:
 
 
 def _list_missing(field: BenchResults) -> list[str]:
-    """Say which final runs are missing."""
     bench, sentences = field.bench, []
     if bench.get("unfinished"):
         sentences.append(" ".join(["Not finished.", *bench["unfinished"]]))
