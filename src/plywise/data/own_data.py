@@ -214,7 +214,6 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
 
 
 def _describe_streams(parts: Parts) -> str:
-    """Describe in a phrase how streams are used."""
     stored = {name: part for name, part in parts.items() if isinstance(part, StoredBatches)}
     counts = ", ".join(f"{part.count_places():,} ({name})" for name, part in stored.items())
     return f"; batches are kept as they came in one pass, augmented once: {counts}" if stored else ""

@@ -144,7 +144,6 @@ def _is_pair(thing: Any) -> bool:
 
 
 def _read_one(what: str, thing: Any, reading: Reading, reader: Reader) -> Part:
-    """Read one part."""
     if isinstance(thing, Mapping):
         return _make_split(*split_target(thing), what, reading, reader)
     if not is_source(thing):
@@ -239,7 +238,6 @@ def _read_each(items: Iterable[Any], what: str) -> Iterator[Any]:
 def _read_batch(
     batch: Any, what: str, reading: Reading, reader: Reader, left_out: set[str]
 ) -> tuple[Batch, Batch]:
-    """Read inputs and targets of a batch of a stream."""
     if isinstance(batch, Mapping) and not reading.whole:
         left_out |= {key for key, value in batch.items() if _is_text(value)}
         batch = {key: value for key, value in batch.items() if key not in left_out}
