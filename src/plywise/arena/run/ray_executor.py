@@ -75,10 +75,7 @@ class RayExecutor:
         self._stopped = False
 
     def stop(self) -> None:
-        """End the running trials, for good: `run` gives those that have ended, and no more.
-
-        May be called from a signal's handler while `run` waits.
-        """
+        """See `Executor.stop`."""
         self._stopped = True
 
     def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
