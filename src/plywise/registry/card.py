@@ -144,7 +144,6 @@ def _get_status_word(status: str) -> str:
 
 
 def _split_sections(docstring: str) -> dict[str, list[str]]:
-    """Split a docstring into its sections."""
     sections: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in docstring.splitlines():

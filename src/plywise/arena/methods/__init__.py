@@ -104,7 +104,6 @@ def find_method(name: str) -> Method:
 
 
 def _load_method(address: str) -> Method:
-    """Make a method of the object at a user's address."""
     from plywise._util.import_path import load
     from plywise.arena.method import wrap_class
     from plywise.arena.methods.rules import wrap_rule

@@ -169,7 +169,6 @@ class Reproduction:
             yield
 
     def _refuse_others(self) -> None:
-        """Refuse runs of the same names with other settings."""
         for experiment, runs in self._runs:
             ((workload, methods),) = runs.methods.items()
             for method in methods:

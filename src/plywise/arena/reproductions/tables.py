@@ -50,18 +50,15 @@ def write_ours(arm: Mapping[str, Any]) -> str:
 def describe_claims(experiment: Mapping[str, Any]) -> list[str]:
     """Say the result of the paper's claims in sentences, one for each outcome."""
     claims = experiment["claims"]
-    if not claims:
-        return []
     found = {
         outcome: [claim["claim"] for claim in claims if claim["outcome"] == outcome]
         for outcome in (REPRODUCED, REVERSED, UNDECIDED)
     }
-    lines = [
+    return [
         f"{len(names)} of {len(claims)} {outcome}: {'; '.join(names)}."
         for outcome, names in found.items()
         if names
     ]
-    return lines
 
 
 def make_markdown(about: Mapping[str, Any]) -> str:

@@ -126,7 +126,6 @@ def _count_failures(results: BenchResults) -> list[str]:
 
 
 def _list_soft_targets(results: BenchResults) -> list[str]:
-    """Say which targets are easy to reach, and why."""
     soft = [
         f"{name} {target.strict:.3g} ({'; '.join(target.softness)})"
         for name, target in results.targets.items()
@@ -141,7 +140,6 @@ def _list_soft_targets(results: BenchResults) -> list[str]:
 
 
 def _find_edges(results: BenchResults) -> list[str]:
-    """Say which methods' best numbers lie at the edge of their ranges."""
     found: Counter[str] = Counter()
     if results.bench.get("chosen"):
         return []

@@ -101,7 +101,6 @@ def _say_unranked(results: BenchResults) -> list[str]:
 
 
 def _describe_noise(results: BenchResults, track: str) -> list[str]:
-    """Say how large the noise is by the null control."""
     if not results.nulls:
         return ["There is no null control in this bench, so its timing noise is unknown."]
     sentences = []
@@ -289,7 +288,6 @@ def _compare_memory(results: BenchResults, track: str, rows: list[MethodOnWorklo
 
 
 def _say_untuned(results: BenchResults) -> list[str]:
-    """Say which methods reach the target without tuning."""
     if DEFAULTS not in results.tracks:
         return []
     counts = {

@@ -67,7 +67,6 @@ def find_shown(results: BenchResults) -> list[str]:
 
 
 def _find_reason(results: BenchResults) -> str:
-    """Find why the first run failed."""
     runs = [run for cell in results.cells.values() for run in cell.runs if run["failure"]]
     return f"{runs[0]['method']} on {runs[0]['workload']}: {str(runs[0]['failure']).rstrip('.')}"
 

@@ -67,17 +67,14 @@ def make_model() -> nn.Module:
 
 
 WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload(
-            "quadratic",
-            "A noisy quadratic of 100 variables with the spectrum of a deep network, as linear regression on "
-            "40,000 samples, each seen once: conditioning and noise, judged by the exact expected loss.",
-            make_model,
-            make_data,
-            replace(REGRESSION, metric_name="expected loss above the noise"),
-            batch_size=100,
-            steps=400,
-        ),
+    "quadratic": Workload(
+        "quadratic",
+        "A noisy quadratic of 100 variables with the spectrum of a deep network, as linear regression on "
+        "40,000 samples, each seen once: conditioning and noise, judged by the exact expected loss.",
+        make_model,
+        make_data,
+        replace(REGRESSION, metric_name="expected loss above the noise"),
+        batch_size=100,
+        steps=400,
     )
 }

@@ -347,7 +347,6 @@ def _find_used(
 
 
 def _find_signal(model: nn.Module, spine: Spine, example: Batch) -> Tensor:
-    """What comes out of the layers."""
     block = SpineBlock(model, SpineUnit(spine, 0, len(spine.names) + 1)).eval()
     with torch.no_grad():
         return block(list_tensors(example)[0], clone_batch(example)).detach()
