@@ -1,7 +1,5 @@
 """Refuses arguments of a wrong kind to `bench`, `diagnose` and `load`, by name."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import os

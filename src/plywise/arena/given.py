@@ -4,8 +4,6 @@ A bench names everything by address, so that its folder records what was compare
 it. An object gets an address in a module that exists in this process only.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys

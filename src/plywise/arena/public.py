@@ -1,7 +1,5 @@
 """The arena from Python: `bench`, `diagnose` and `load`."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing

@@ -1,7 +1,5 @@
 """A table that is printed in several pieces where a terminal is too narrow for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderResult

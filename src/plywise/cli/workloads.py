@@ -1,7 +1,5 @@
 """`plywise workloads`: lists the workloads of `plywise bench` and fetches their data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from cyclopts import App

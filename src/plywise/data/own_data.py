@@ -1,7 +1,5 @@
 """Reads a user's data for all commands, checks them, and cuts them into three parts if necessary."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

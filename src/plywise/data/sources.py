@@ -1,7 +1,5 @@
 """Reads the data that a user's function returns: arrays, Datasets, loaders and streams become parts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice

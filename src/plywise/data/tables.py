@@ -1,7 +1,5 @@
 """Reads ``.csv`` files line by line, so that a table needs only the memory of its numbers."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

@@ -1,7 +1,5 @@
 """Data for `plywise train` and `plywise pipeline`, with the kind of their targets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """input_gradient_penalty: penalise the gradient of the loss with respect to the input."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

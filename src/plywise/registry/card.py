@@ -4,8 +4,6 @@ The docstring is the only source. The command line, the documentation and the te
 nothing is written twice.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import textwrap

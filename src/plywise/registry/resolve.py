@@ -5,8 +5,6 @@ refuses the same names. The arena's methods, which are made of these, are found 
 `plywise.arena.methods.find_method`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any

@@ -1,7 +1,5 @@
 """The configuration of a training, from a TOML file, from flags, or from a run's folder."""
 
-from __future__ import annotations
-
 import ast
 import json
 import math

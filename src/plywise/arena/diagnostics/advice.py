@@ -5,8 +5,6 @@ that is, on small networks for classification. For other networks the advice say
 bench that would decide.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import dataclass

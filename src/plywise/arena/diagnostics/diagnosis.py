@@ -1,7 +1,5 @@
 """Examines a model's layers for a few batches: their backward values and their inputs."""
 
-from __future__ import annotations
-
 import copy
 import math
 import statistics

@@ -1,7 +1,5 @@
 """The established optimizers that everything is compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Losses of the related papers as methods: added to a task's loss, or in its place."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Layers, initialisations and decision stages of the related papers as methods, on SGD with momentum."""
 
-from __future__ import annotations
-
 import copy
 from collections import deque
 from collections.abc import Callable

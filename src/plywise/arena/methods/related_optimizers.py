@@ -1,7 +1,5 @@
 """Optimizers of the related papers as methods, trained as their peers are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """The report of a bench: its folder's bench.json and trials.jsonl as one HTML file that opens offline."""
 
-from __future__ import annotations
-
 import base64
 import gc
 import json

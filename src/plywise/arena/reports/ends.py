@@ -1,7 +1,5 @@
 """The table of a bench: the ranking, or where methods ended if it ranks nobody or has no target."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from plywise.arena.scoring.conclusions import format_span

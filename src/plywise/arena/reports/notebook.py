@@ -1,7 +1,5 @@
 """A bench and a diagnosis in Python: text, HTML, rows, pictures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Makes one HTML file that opens offline: it holds its styles, scripts and numbers, and loads nothing."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The parts of a reproduction: a paper, its experiments, their numbers, and the sizes at which they run."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping

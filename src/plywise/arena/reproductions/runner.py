@@ -1,7 +1,5 @@
 """Runs a paper's experiments, keeps each run as it ends, and summarises the results."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -1,7 +1,5 @@
 """A reproduction as a table: Markdown for files, rows for the terminal."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

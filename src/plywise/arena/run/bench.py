@@ -1,7 +1,5 @@
 """A bench in its folder: ``bench.json`` says what is compared, ``trials.jsonl`` holds the trials."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Generator

@@ -5,8 +5,6 @@ holds, and has an executor run the others. `plywise bench`, `plywise demo` and `
 experiments with different arms and a different `Design`; so are the scripts in ``benchmarks/``.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

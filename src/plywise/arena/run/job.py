@@ -1,7 +1,5 @@
 """A picklable description of one trial, which runs it in any process."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs trials on the machines of a Ray cluster."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

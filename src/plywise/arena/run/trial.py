@@ -1,7 +1,5 @@
 """Runs one trial: trains one configuration once, and records what happened, failures included."""
 
-from __future__ import annotations
-
 import math
 import re
 import time

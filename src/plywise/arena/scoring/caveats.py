@@ -1,7 +1,5 @@
 """Caveats of a bench: its search, failures, the number of seeds."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A difference is named only if its interval leaves 1 out and its value lies beyon
 (see `plywise.arena.scoring.intervals.Interval.apart`). What cannot be distinguished is named as such.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter

@@ -1,7 +1,5 @@
 """Says in one sentence what a bench has shown, and chooses the methods to show first."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from plywise.arena.scoring.conclusions import FEWEST, WORDS, find_different, format_span

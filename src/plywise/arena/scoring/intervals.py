@@ -12,8 +12,6 @@ The interval of a median of few seeds is at most as certain as the range of the 
 The report says this beside every interval.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

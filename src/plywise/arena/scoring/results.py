@@ -1,7 +1,5 @@
 """Sorts a bench's trials: final runs by track, workload and method, with their times to the targets."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Workloads on the handwritten digits that ship with the package: no file needed, about a second a run."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

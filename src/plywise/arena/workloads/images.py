@@ -1,7 +1,5 @@
 """Workloads on Fashion-MNIST, MNIST and CIFAR-10: some thousand images to train, the official test set."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import partial
 

@@ -1,7 +1,5 @@
 """A user's own model and data as a workload, checked on two samples before any training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Workloads of the related papers: rare classes, generators, denoising, meta-learning."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

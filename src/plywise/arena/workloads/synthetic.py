@@ -1,7 +1,5 @@
 """The noisy quadratic: the only workload whose solution is known exactly."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """Regression on tables: inputs on very different scales, brought to one by the training part alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Next characters of Shakespeare's plays."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

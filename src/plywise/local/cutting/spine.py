@@ -6,8 +6,6 @@ of the block the forward is left by an exception. So the model's own code makes 
 from the model's inputs, which are carried along with the signal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
