@@ -172,8 +172,7 @@ def _find_tensor(output: Any) -> Tensor:
     parts = output if isinstance(output, list | tuple) else [output]
     for part in parts:
         if getattr(part, "requires_grad", False):
-            found: Tensor = part
-            return found
+            return part
     raise TypeError(f"it returned {type(output).__name__}, with no tensor that has a gradient")
 
 

@@ -265,8 +265,7 @@ class AssociatedPath(nn.Module):
 
     def forward(self, x: Batch) -> Tensor:
         """Scores (N, C), in the first decoder's range."""
-        scores: Tensor = self.decoders(self.bridge(hide_padding(self.blocks(x), x)))
-        return scores
+        return self.decoders(self.bridge(hide_padding(self.blocks(x), x)))
 
 
 def _list_bridges(bridge: MakeBridge | Sequence[MakeBridge], blocks: int) -> list[MakeBridge]:

@@ -246,8 +246,7 @@ class TokenPath(nn.Module):
         s: Tensor = self.blocks(x)
         if self.readout is None:
             return s
-        scores: Tensor = self.readout(s, None if self.table is None else self.table.weight)
-        return scores
+        return self.readout(s, None if self.table is None else self.table.weight)
 
 
 def _make_readout(head: MakeTokenHead, shape: torch.Size, scores: int, tied: nn.Embedding | None) -> Readout:

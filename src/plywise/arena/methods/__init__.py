@@ -90,8 +90,7 @@ def find_method(name: str) -> Method:
         return make_recommended()
     if found in _HOMES:
         home = importlib.import_module(f"{__name__}.{_HOMES[found]}")
-        method: Method = home.METHODS[found]
-        return method
+        return home.METHODS[found]
     if found:
         from plywise.arena.methods.peers import wrap_peer
 

@@ -190,8 +190,7 @@ class Bench:
 
 
 def _as_json(config: BenchConfig) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _describe_workload(resolved: ResolvedWorkload) -> dict[str, Any]:

@@ -264,8 +264,7 @@ class _Worker:
         """The trial's line, or the line of its failure."""
         try:
             if self.connection.poll():
-                line: dict[str, Any] = json.loads(self.connection.recv_bytes())
-                return line
+                return json.loads(self.connection.recv_bytes())
             if self._process.exitcode is not None:
                 raise EOFError
             if not self._begun:

@@ -262,8 +262,7 @@ class Experiment:
         if key.purpose == TUNING:
             earlier = [line for line in past if line["trial"] < key.trial]
             return self.design.search.numbers(method.space, key.trial, earlier)
-        numbers: dict[str, float] = next(line["numbers"] for line in past if line["trial"] == key.trial)
-        return numbers
+        return next(line["numbers"] for line in past if line["trial"] == key.trial)
 
     # ---- what the ledger holds ---------------------------------------------------------------------
 

@@ -124,8 +124,7 @@ class RayExecutor:
         """Return the trial's line, or the line of its failure."""
         errors = self._ray.exceptions
         try:
-            line: dict[str, Any] = self._ray.get(answer)
-            return line
+            return self._ray.get(answer)
         except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError) as error:
             return job.failed(f"its process was lost ({type(error).__name__} on Ray)")
         except errors.RayError as error:

@@ -63,8 +63,7 @@ class TrialResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON can say it: what is not finite is None, and ``failure`` says why."""
-        plain: dict[str, Any] = map_floats(asdict(self), drop_infinite)
-        return plain
+        return map_floats(asdict(self), drop_infinite)
 
 
 class DivergedError(ArithmeticError):

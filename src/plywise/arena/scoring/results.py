@@ -183,8 +183,7 @@ def _find_finals(
 
 def _get_space(bench: dict[str, Any], method: str) -> dict[str, Any]:
     # a method that bench.json does not know of counts as one with something to tune
-    space: dict[str, Any] = bench["methods"].get(method, {"space": {"?": None}}).get("space") or {}
-    return space
+    return bench["methods"].get(method, {"space": {"?": None}}).get("space") or {}
 
 
 def _make_cell(

@@ -97,5 +97,4 @@ def targets() -> dict[str, dict[str, Any]]:
         >>> set(targets()) <= set(WORKLOADS)
         True
     """
-    entries: dict[str, dict[str, Any]] = json.loads((files(__name__) / "targets.json").read_text("utf-8"))
-    return entries
+    return json.loads((files(__name__) / "targets.json").read_text("utf-8"))

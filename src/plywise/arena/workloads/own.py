@@ -155,8 +155,7 @@ def _say_how(calls: str) -> str:
 def _targets(part: Part) -> Tensor:
     """The targets of a part, or of its first batches, where those of a stream are not of one shape."""
     if isinstance(part, Split):
-        targets: Tensor = part.y
-        return targets
+        return part.y
     targets = next(iter(part.chunks(2)))[1]
     return targets if targets.dim() > 1 else torch.cat([y for _, y in part.chunks(2)])
 

@@ -92,8 +92,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Clean images."""
-        cleaned: Tensor = self.solver(x, LEVEL)
-        return cleaned
+        return self.solver(x, LEVEL)
 
 
 # ---- learning to learn -----------------------------------------------------------------------------

@@ -135,8 +135,7 @@ def find_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def find_output(output: Any) -> Tensor:
     """The activations in what a layer returns: the tensor, or the first one of a tuple."""
-    value: Tensor = output if isinstance(output, Tensor) else output[0]
-    return value
+    return output if isinstance(output, Tensor) else output[0]
 
 
 class SpineBlock(nn.Module):
