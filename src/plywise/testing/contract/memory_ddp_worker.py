@@ -209,8 +209,7 @@ def run_poisoned(rule: Rule) -> dict[str, Any]:
     replica = Replica.start(rule, "mlp", "attach, wrap")
     found: dict[str, Any] = {"before": replica.record(range(SAVED))[-1]}
     x, y = replica.make_data(SAVED)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         replica.step_on((x * float("nan") if dist.get_rank() else x, y))
     found["after"], found["skipped"] = replica.copy_state(), rule.health.total(SKIPPED)
     found["end"] = replica.record(range(SAVED, STEPS))[-1]
