@@ -251,7 +251,7 @@ class AssociatedLearning(OneWayLearner):
 
     def as_module(self, depth: int | None = None) -> nn.Module:
         """The path of inference; with ``depth``, the shortcut through the first ``depth`` components."""
-        return AssociatedPath(self._components[: len(self._components) if depth is None else depth])
+        return AssociatedPath(self._components[:depth])
 
 
 class AssociatedPath(nn.Module):

@@ -229,7 +229,7 @@ class LocalNextToken(OneWayLearner):
 
     def as_module(self, depth: int | None = None) -> nn.Module:
         """The network that predicts; with ``depth``, from the first ``depth`` blocks and the head behind."""
-        return TokenPath(self._components[: len(self._components) if depth is None else depth])
+        return TokenPath(self._components[:depth])
 
 
 class TokenPath(nn.Module):
