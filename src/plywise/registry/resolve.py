@@ -126,7 +126,8 @@ def resolve_parts(address: str, reading: Reading = AS_EVER) -> Parts:
     if address not in WORKLOAD_MODULES:
         return read_parts(address, reading)
     module = import_module(f"plywise.{WORKLOAD_MODULES[address]}")
-    return Parts(vars(module.WORKLOADS[address].make_data()))
+    workload = next(one for one in module.WORKLOADS if one.name == address)
+    return Parts(vars(workload.make_data()))
 
 
 def resolve_data(address: str, reading: Reading = AS_EVER) -> OwnData:

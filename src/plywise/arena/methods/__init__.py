@@ -90,7 +90,7 @@ def find_method(name: str) -> Method:
         return make_recommended()
     if found in _HOMES:
         home = importlib.import_module(f"{__name__}.{_HOMES[found]}")
-        return home.METHODS[found]
+        return next(one for one in home.METHODS if one.name == found)
     if found:
         from plywise.arena.methods.peers import wrap_peer
 

@@ -64,8 +64,8 @@ def make_model() -> nn.Module:
     return nn.Linear(DIMENSIONS, 1, bias=False)
 
 
-WORKLOADS = {
-    "quadratic": Workload(
+WORKLOADS = (
+    Workload(
         "quadratic",
         "A noisy quadratic of 100 variables with the spectrum of a deep network, as linear regression on "
         "40,000 samples, each seen once: conditioning and noise, judged by the exact expected loss.",
@@ -74,5 +74,5 @@ WORKLOADS = {
         replace(REGRESSION, metric_name="expected loss above the noise"),
         batch_size=100,
         steps=400,
-    )
-}
+    ),
+)
