@@ -66,11 +66,9 @@ class _Comparison:
     """Hook of a weight: the gradient of a backward pass is complete, and is about to be accumulated.
 
     Attributes:
-        only_looks: the gradient stays as it is.
         handle: removes the hook.
     """
 
-    only_looks = True
     handle: RemovableHandle
 
     def __init__(self, outside: OutsideUses, entry: ParameterEntry) -> None:
