@@ -292,3 +292,15 @@ def test_whole_gradients_and_hooks_of_the_user_are_no_use_from_outside() -> None
         (model(X).square().mean() + model(-X).square().mean()).backward()  # two answers, one gradient
         optimizer.step()
     assert not rule.health.counts
+
+
+def test_parts_of_a_weight_are_no_use_from_outside() -> None:
+    model = nn.MultiheadAttention(4, 2, batch_first=True)  # its projections of queries, keys and values
+    optimizer = sgd(model)
+    rule = pw.Foof(stats_every=1, refresh_every=1).attach(model, optimizer)
+    queries, keys = torch.randn(3, 2, 4), torch.randn(3, 5, 4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(queries, keys, keys)[0].square().mean().backward()
+        optimizer.step()
+    assert not rule.health.counts
