@@ -213,7 +213,7 @@ def _find_layers(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """Name, module and, for those that are not looked at, the reason, of each module with parameters."""
     found: dict[str, tuple[str, nn.Module, str]] = {}
     for entry in collect_parameters(model, frozenset(("linear", "conv"))):
-        for path, ref in entry.owners:
+        for path, ref, _ in entry.owners:
             module = ref()
             assert module is not None
             looked_at = entry.attribute == "weight" and entry.expected and not entry.excluded
