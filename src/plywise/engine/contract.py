@@ -286,6 +286,16 @@ class StatefulContract(RuleContract):
         """
         return gradient, {}
 
+    def measure_amplification(self, memory: State) -> Tensor | None:
+        """Return how `finish_stacked` multiplies rounding errors of gradients on average, one for each layer.
+
+        The engine counts updates in which they may be more than a ten thousandth. None if this is not known.
+
+        Args:
+            memory: the layers' states, each tensor with a first dimension for the layers.
+        """
+        return None
+
     def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
         """Finish layers of one shape, as `finish` does; override it if one call can serve all of them.
 
