@@ -214,6 +214,9 @@ class StatefulContract(RuleContract):
         """Whether weights that are computed, or used in several ways, are left to the optimizer."""
         return not self.acts_alone
 
+    later_statistics: ClassVar[frozenset[str]] = frozenset()
+    """Statistics that earlier versions did not have. In states that these saved, they are missing."""
+
     turns_steps: ClassVar[bool] = False
     """Whether the optimizer works in other coordinates: its steps have to be turned back."""
 
