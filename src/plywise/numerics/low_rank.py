@@ -49,6 +49,9 @@ def compute_low_rank_root(
 
     All eigenvalues but the ``rank`` largest are replaced. The eigenvectors come from a block subspace
     iteration with a Rayleigh-Ritz step. It takes ``sweeps + 1`` products ``gram V``, and nothing cubic in k.
+    They are exact while the Gram is of fewer rows than ``rank``. Beyond, they follow with some delay: of
+    random rows, updates are 50 % off where the rows first exceed the rank, and 20 % some refreshes later; of
+    smooth rows with much damping, 0.5 %.
     The root has the weights
     ``wᵢ = ((λᵢ + λ)/(τ + λ))^-power - 1`` and the scale ``(τ + λ)^-power``. Values below the rounding of the
     largest eigenvalue count as that rounding, and so does λ.
