@@ -66,6 +66,17 @@ def test_nearly_equal_features_are_solved_in_float64(n):
     assert relative(move, slow_ridge(with_ones(x), delta, 1e-8)) < 1e-4
 
 
+@pytest.mark.parametrize("tau", [1e6, 1e10])
+def test_a_wide_layer_of_few_smooth_rows_is_solved_in_float64(tau):
+    """Whether or not its answer is rounded to float32 before it meets the rows."""
+    torch.manual_seed(0)
+    layer, n = nn.Linear(600, 300), 100
+    x, delta = torch.randn(n, 600).cumsum(1) / 600 + 0.5, torch.randn(n, 300)
+    move, events = move_of(pw.ProxProp(tau=tau), layer, x, delta)
+    assert events == {health.FLOAT64: 1}
+    assert relative(move, slow_ridge(with_ones(x), delta, 1 / tau)) < 1e-4
+
+
 def test_float32_that_is_well_conditioned_stays_in_float32():
     torch.manual_seed(0)
     x, delta = torch.rand(64, 20), torch.randn(64, 3)
