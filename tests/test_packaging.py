@@ -187,7 +187,7 @@ def test_ci_runs_what_the_classifiers_name():
         "torch>="
     )
     locked = re.search(r"TORCH_VERSION := (\S+)", (REPOSITORY / "Makefile").read_text())[1]
-    assert matrix["torch"] == [f"{lowest}.0", locked]
+    assert matrix["torch"][:2] == [f"{lowest}.0", locked]
     for workflow in WORKFLOWS.glob("*.yml"):
         for build in re.findall(r'"torch==([\d.]+)', workflow.read_text()):
             assert build in matrix["torch"]

@@ -1,5 +1,6 @@
 """The errors plywise raises: each says what, in which layer, why, and how to mend it."""
 
+import re
 from typing import Any
 
 PAGE = "docs/reference/errors.md"
@@ -22,6 +23,12 @@ class PlywiseError(RuntimeError):
 
     page: str = f"{PAGE}#plywise-error"
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.__module__ == __name__:  # classes of others keep the section of their base
+            words = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__)
+            cls.page = f"{PAGE}#{words.lower()}"
+
     def __init__(self, *args: object, see: str | None = None) -> None:
         super().__init__(*args)
         if see is not None:
@@ -32,79 +39,53 @@ class PlywiseError(RuntimeError):
 class AddressError(PlywiseError):
     """An address, as in ``module:name``, leads to nothing, or to something of the wrong kind."""
 
-    page = f"{PAGE}#address-error"
-
 
 class DataError(PlywiseError):
     """Data cannot be read, or do not fit the model or what is asked of them."""
-
-    page = f"{PAGE}#data-error"
 
 
 class FileError(PlywiseError):
     """A file or a folder cannot be read or written, for a reason of the system."""
 
-    page = f"{PAGE}#file-error"
-
 
 class CommandError(PlywiseError):
     """A flag, a setting or a name is unknown, or does not fit the others."""
-
-    page = f"{PAGE}#command-error"
 
 
 class BenchError(PlywiseError):
     """A comparison cannot be made as it was asked for, or its folder cannot be read."""
 
-    page = f"{PAGE}#bench-error"
-
 
 class CardError(PlywiseError):
     """The docstring of a method is no card."""
-
-    page = f"{PAGE}#card-error"
 
 
 class MissingPackageError(PlywiseError):
     """A package that is not installed with plywise is missing, or broken."""
 
-    page = f"{PAGE}#missing-package-error"
-
 
 class TestingError(PlywiseError):
     """A check of a rule or a learner cannot begin."""
-
-    page = f"{PAGE}#testing-error"
 
 
 class AttachError(PlywiseError):
     """A rule cannot be attached to (or used on) this model or optimizer."""
 
-    page = f"{PAGE}#attach-error"
-
 
 class NonFiniteError(PlywiseError):
     """A NaN or infinity reached a layer and the run was asked to stop there."""
-
-    page = f"{PAGE}#non-finite-error"
 
 
 class UncapturedLayerError(PlywiseError):
     """A layer received a gradient that did not pass through its rule."""
 
-    page = f"{PAGE}#uncaptured-layer-error"
-
 
 class StateError(PlywiseError):
     """A saved memory does not fit the model or the rule that it is loaded into."""
 
-    page = f"{PAGE}#state-error"
-
 
 class BlockError(PlywiseError):
     """A network does not come apart into blocks, or blocks do not fit together."""
-
-    page = f"{PAGE}#block-error"
 
 
 class ContractError(PlywiseError, AssertionError):
@@ -114,11 +95,8 @@ class ContractError(PlywiseError, AssertionError):
         result: what came of the check, a `plywise.testing.ContractResult`.
     """
 
-    page = f"{PAGE}#contract-error"
     result: Any = None
 
 
 class PipelineError(PlywiseError):
     """A pipeline cannot start or go on: a stage is lost, or something between stages does not fit."""
-
-    page = f"{PAGE}#pipeline-error"

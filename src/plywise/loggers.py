@@ -6,8 +6,6 @@ Names are ``plywise/LAYER/NUMBER``; steps are those of the optimizer. Packages a
 called.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any

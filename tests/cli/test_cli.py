@@ -257,7 +257,7 @@ def test_explain_a_convnet_with_a_batch(plywise, project, rule):
     assert "after 1st batch" in plywise(*words).out
     out = plywise(*words, "--shape", "2,6,6").out
     assert "after 1st batch" not in out
-    assert "stays a plain gradient" not in out
+    assert "also used by" not in out
     found = json.loads(plywise(*words, "--shape", "2x6x6", "--json").out)
     rows = {row["name"]: row for row in found["rows"]}
     assert rows["0"]["cost"] > 0

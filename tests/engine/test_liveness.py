@@ -243,3 +243,64 @@ def test_a_step_that_one_rule_skips_is_none_for_another() -> None:
     for rule in rules:
         assert rule.explain().steps == 2
         assert rule.health.total("step skipped") == 1
+
+
+class Parent(nn.Module):
+    """Uses the weight of its layer a second time, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(nn.functional.linear(torch.tanh(self.layer(x)), self.layer.weight.t()))
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("how", ["a parent", "a penalty"])
+def test_a_weight_that_is_also_used_outside_of_the_models_forward_is_said_once(name: str, how: str) -> None:
+    model = Parent() if how == "a parent" else net()
+    optimizer = sgd(model)
+    rule = RULES[name]().attach(model.layer if how == "a parent" else model, optimizer)
+    said = []
+    for _ in range(4):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.zero_grad()
+            loss = model(X).square().mean()
+            if how == "a penalty":
+                loss = loss + model[2].weight.square().sum()
+            loss.backward()
+            optimizer.step()
+        said += [str(warning.message) for warning in caught]
+    weight = "weight" if how == "a parent" else "2.weight"
+    assert [f"a part of the gradient of '{weight}'" in text for text in said] == [True]
+    assert rule.health.of(weight) == {"a part of the gradient came from outside of the model's forward": 1}
+    row = rule.explain().rows[-1]
+    assert row.handled
+    assert "also used by code outside of the model's forward" in row.reason
+
+
+def test_whole_gradients_and_hooks_of_the_user_are_no_use_from_outside() -> None:
+    model = net()
+    optimizer = sgd(model)
+    rule = pw.ProxProp().attach(model, optimizer)
+    model[0].weight.register_hook(lambda gradient: 2 * gradient)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(X).square().mean() + model(-X).square().mean()).backward()  # two answers, one gradient
+        optimizer.step()
+    assert not rule.health.counts
+
+
+def test_parts_of_a_weight_are_no_use_from_outside() -> None:
+    model = nn.MultiheadAttention(4, 2, batch_first=True)  # its projections of queries, keys and values
+    optimizer = sgd(model)
+    rule = pw.Foof(stats_every=1, refresh_every=1).attach(model, optimizer)
+    queries, keys = torch.randn(3, 2, 4), torch.randn(3, 5, 4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(queries, keys, keys)[0].square().mean().backward()
+        optimizer.step()
+    assert not rule.health.counts

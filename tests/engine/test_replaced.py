@@ -131,3 +131,49 @@ def test_parameters_that_stand_in_for_a_call_are_no_others(make: Callable[[], Ru
         run.step(number)
         other.step(number)
     assert have_same_bits(run.copy_state(), other.copy_state())
+
+
+def make_tied() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("make", [Backprop, lambda: Foof(stats_every=1, refresh_every=1), KFAC])
+def test_weights_that_are_tied_no_longer_are_two_layers_or_refused(
+    make: Callable[[], Rule], first: bool
+) -> None:
+    model = make_tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rule = make().attach(model, optimizer)
+    train_step(model, optimizer)
+    layer = model[0 if first else 2]
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    optimizer.add_param_group({"params": [layer.weight]})
+    if rule.remembers:
+        with pytest.raises(AttachError, match=f"layer '{0 if first else 2}' is not the parameter"):
+            train_step(model, optimizer)
+        return
+    train_step(model, optimizer)
+    rule.explain()
+    train_step(model, optimizer)
+    table = rule.explain()
+    assert [(row.name, row.parameters) for row in table.rows] == [("0", 20), ("2", 20), ("4", 10)]
+    assert all(row.handled and row.passes for row in table.rows)
+
+
+def test_an_untied_weight_that_the_optimizer_does_not_step_is_refused() -> None:
+    model = make_tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Backprop().attach(model, optimizer)
+    train_step(model, optimizer)
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+    with pytest.raises(AttachError, match="layer '2' is not the parameter"):
+        train_step(model, optimizer)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(8, 4)).square().mean().backward()
+    optimizer.step()

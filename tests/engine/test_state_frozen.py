@@ -7,7 +7,7 @@ import torch
 from state_runs import OPTIMIZERS, RULES, Run
 
 from plywise import Coordinates, Foof
-from plywise.testing.contract.models import have_same_bits, make_mlp
+from plywise.testing.contract.models import are_finite, have_same_bits, make_mlp
 
 STATEFUL = {
     **{name: make for name, make in RULES.items() if make().remembers},
@@ -57,3 +57,39 @@ def test_momenta_of_a_frozen_layer_are_turned_back(part: str, leave: str) -> Non
     for one in (run, other):
         one.steps(8, 9, 10)
     assert have_same_bits(run.copy_state(), other.copy_state())
+
+
+@pytest.mark.parametrize("rule", STATEFUL)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("steps", [7, 10])
+def test_what_is_frozen_after_backward_still_takes_that_step(rule: str, part: str, steps: int) -> None:
+    # torch's optimizers step what has a gradient; some of these steps gather evidence, others do not
+    run, other = (start(rule).steps(*range(steps)) for _ in range(2))
+    for one in (run, other):
+        one.optimizer.zero_grad()
+        one.compute_loss(20).backward()
+        if one is run:
+            set_trains(one, part, False)
+        one.optimizer.step()
+        set_trains(one, part, False)
+        one.steps(21, 22)
+        set_trains(one, part, True)
+        one.steps(23, 24)
+    assert have_same_bits(run.copy_state(), other.copy_state())
+
+
+@pytest.mark.parametrize("rule", STATEFUL)
+@pytest.mark.parametrize("freezes", [True, False])
+def test_a_bias_frozen_or_thawed_between_micro_batches(rule: str, freezes: bool) -> None:
+    run = start(rule)
+    set_trains(run, "bias", freezes)
+    run.steps(*range(10))
+    run.optimizer.zero_grad()
+    run.compute_loss(20).backward()
+    set_trains(run, "bias", not freezes)
+    run.compute_loss(21).backward()
+    run.optimizer.step()
+    weight = run.model[2].weight.detach().clone()
+    run.steps(22, 23)
+    assert are_finite(run.copy_state())
+    assert not torch.equal(run.model[2].weight, weight)

@@ -38,13 +38,16 @@ ALL = [*CONVERGED, ("newton_schulz", 0.5)]
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize(("solver", "power"), CONVERGED)
 def test_roots(solver, power, name):
-    """Both dtypes, from the lower triangle alone; symmetric to the bit; no fallback."""
+    """Both dtypes, from the lower triangle alone; symmetric to the bit; no fallback.
+
+    A small λ costs no digits of the Gram that is given. Those that it lost before may be counted.
+    """
     for k in (1, 2, 7, 33):
         gram = gram_of(spectrum(name, k))
         for relative in RELATIVE:
             for damping in (1e-3, 0.1):
-                expected = slow_root(gram, power, damping, relative)
-                for dtype, tolerance in ((F64, 1e-9), (F32, 5e-3 if damping < 0.1 else 5e-5)):
+                for dtype, tolerance in ((F64, 1e-9), (F32, 5e-4 if damping < 0.1 else 5e-5)):
+                    expected = slow_root(gram.to(dtype), power, damping, relative)
                     events: list[str] = []
                     given_gram = lower_only(gram.to(dtype))
                     before = given_gram.clone()
@@ -52,7 +55,7 @@ def test_roots(solver, power, name):
                     assert error(root, expected) < tolerance, (k, relative, damping, dtype)
                     assert root.dtype == dtype
                     assert torch.equal(root, root.mT)
-                    assert events == []
+                    assert set(events) <= ({names.ROUNDING} if dtype == F32 and damping < 0.1 else set())
                     assert torch.equal(given_gram.nan_to_num(-7), before.nan_to_num(-7))
 
 
@@ -66,10 +69,10 @@ def test_a_size_of_more_than_one_block():
 
 @pytest.mark.parametrize("power", [1, 0.5, 1 / 3, 0.25])
 def test_newton_ends_at_the_root_or_says_that_it_did_not(power):
-    """Float32, λ next to its rounding: were M not kept symmetric, it would settle on something else."""
+    """Of a float32 Gram whose rounding has made eigenvalues next to λ."""
     gram = gram_of(spectrum("rank one", 300)).float()
     root = compute_inverse_root(gram, power, 1e-5, "mean", "newton")
-    assert error(root, slow_root(gram, power, 1e-5, "mean")) < 1e-3
+    assert error(root, compute_inverse_root(gram.double(), power, 1e-5, "mean", "eigh")) < 1e-6
 
 
 @pytest.mark.parametrize("relative", RELATIVE)
@@ -96,7 +99,7 @@ def test_scale_equivariance(solver, power, relative, dtype):
         scaled = compute_inverse_root(gram * factor, power, 1e-3, relative, solver, events.append)
         # a factor such as 0.3 rounds the gram, and the root of its smallest eigenvalues feels it
         assert error(scaled, root.double() * factor**-power) < (1e-2 if dtype == F32 else 1e-10), factor
-        assert events == []
+        assert set(events) <= ({names.ROUNDING} if dtype == F32 else set())
         if factor in (2.0**-40, 2.0**40) and power in (1, 0.5, 0.25):
             assert torch.equal(scaled, root * factor**-power)
 
@@ -228,7 +231,7 @@ def test_a_damping_below_float32_rounding_is_solved_in_float64(solver, power):
     for relative in RELATIVE:
         events: list[str] = []
         root = compute_inverse_root(lower_only(gram), power, 1e-9, relative, solver, events.append)
-        assert events == [names.FLOAT64]
+        assert events == [names.ROUNDING]  # of the statistic: it was float32 already
         assert error(root, slow_root(gram, power, 1e-9, relative)) < 1e-6
         assert root.dtype == F32
         assert torch.equal(root, root.mT)

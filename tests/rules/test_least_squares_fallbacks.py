@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import plywise as pw
 from plywise.engine import health
+from plywise.engine.maps.convolution import Convolution
 
 F64 = torch.float64
 
@@ -66,12 +67,41 @@ def test_nearly_equal_features_are_solved_in_float64(n):
     assert relative(move, slow_ridge(with_ones(x), delta, 1e-8)) < 1e-4
 
 
+@pytest.mark.parametrize("tau", [1e6, 1e10])
+def test_a_wide_layer_of_few_smooth_rows_is_solved_in_float64(tau):
+    """Whether or not its answer is rounded to float32 before it meets the rows."""
+    torch.manual_seed(0)
+    layer, n = nn.Linear(600, 300), 100
+    x, delta = torch.randn(n, 600).cumsum(1) / 600 + 0.5, torch.randn(n, 300)
+    move, events = move_of(pw.ProxProp(tau=tau), layer, x, delta)
+    assert events == {health.FLOAT64: 1}
+    assert relative(move, slow_ridge(with_ones(x), delta, 1 / tau)) < 1e-4
+
+
 def test_float32_that_is_well_conditioned_stays_in_float32():
     torch.manual_seed(0)
     x, delta = torch.rand(64, 20), torch.randn(64, 3)
     move, events = move_of(pw.ProxProp(), nn.Linear(20, 3), x, delta)
     assert events == {}
     assert relative(move, slow_ridge(with_ones(x), delta, 1.0)) < 1e-5
+
+
+def test_a_channel_that_is_nearly_dead_stays_in_float32():
+    """Taps that meet none of its few positive numbers have squares that are rounding, and may be negative."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(200, 6, 8, 8, generator=generator)
+    for channel, row in ((3, 0), (4, 7), (5, 7)):
+        x[:, channel] = 0
+        x[:, channel, row] = (0.03 * torch.randn(200, 8, generator=generator) - 0.06).relu()
+    delta = torch.randn(200, 4, 8, 8, generator=generator) / len(x)
+    conv = nn.Conv2d(6, 4, 5, padding=2)
+    gram = Convolution((5, 5), (1, 1), (2, 2), (1, 1), 1).centred_gram(x)[0]
+    assert gram.diagonal(dim1=1, dim2=2).min() < 0
+    move, events = move_of(pw.ProxProp(), conv, x, delta)
+    assert events == {}
+    rows = torch.nn.functional.unfold(x, 5, padding=2).mT.flatten(0, 1)
+    expected = slow_ridge(with_ones(rows), delta.flatten(2).mT.flatten(0, 1), 1.0)
+    assert relative(move, expected) < 1e-4
 
 
 @pytest.mark.parametrize("n", [9, 4])

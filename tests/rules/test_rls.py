@@ -189,5 +189,5 @@ def test_the_table_is_a_hand_count():
     rule = pw.RLS().attach(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
     (row,) = rule.explain(10).rows
     assert row.cost == pytest.approx((6 * 7**2 + 2 * 7**2 * 4) / (6 * 10 * 7 * 4), rel=1e-12)
-    assert row.memory == 8 * 7**2
+    assert row.memory == 2 * 8 * 7**2  # P, and its rest
     assert row.treatment == "RLS"

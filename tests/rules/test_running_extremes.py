@@ -1,10 +1,11 @@
 """Rules with running state where float32 loses digits or leaves its range: right to 1e-4, or counted."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from running_definitions import RULES
+from running_definitions import RULES, Definition, Kronecker, Recursive
 from torch import Tensor, nn
 
 import plywise as pw
@@ -33,10 +34,13 @@ def draw(kind: object, sizes: tuple[int, int, int], generator: torch.Generator) 
 
 
 def measure_errors(
-    name: str, kind: object, sizes: tuple[int, int, int], bias: bool
+    case: tuple[Callable[[], pw.Rule], Callable[[], Definition]],
+    kind: object,
+    sizes: tuple[int, int, int],
+    bias: bool,
 ) -> tuple[list[float], int]:
     """The relative errors of steps until something is counted, and the number of events."""
-    make, define = RULES[name]
+    make, define = case
     layer, definition = nn.Linear(*sizes[1:], bias=bias), define()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     rule = make().attach(layer, optimizer)
@@ -64,12 +68,48 @@ def test_right_or_counted(name, sizes):
     wrong = {}
     for kind in KINDS:
         bias = not isinstance(kind, tuple)  # a column of ones would hide the scale of the inputs
-        errors, events = measure_errors(name, kind, sizes, bias)
+        errors, events = measure_errors(RULES[name], kind, sizes, bias)
         if not max(errors, default=0.0) <= 1e-4:
             wrong[kind] = errors
         if isinstance(kind, str):
             assert events == 0, kind
     assert not wrong
+
+
+EACH = {"stats_every": 1, "refresh_every": 1}
+
+SMALL_DAMPING = {
+    "KFAC": (lambda: pw.KFAC(damping=0.01, **EACH), lambda: Kronecker(1, 1, 0.95, 0.01)),
+    "Foof": (
+        lambda: pw.Foof(damping=0.01, rank=None, slowdown=1, **EACH),
+        lambda: Kronecker(0, 1, 0.95, 0.01),
+    ),
+    "Precondition": (lambda: pw.Precondition(damping=1e-3, **EACH), lambda: Kronecker(0, 1, 0.95, 1e-3)),
+    "FeatureWhitening": (
+        lambda: pw.FeatureWhitening(damping=1e-4, rank=None, **EACH),
+        lambda: Kronecker(0, 0.5, 0.95, 1e-4, "max"),
+    ),
+    "AdaBK": (lambda: pw.AdaBK(damping=1e-4, **EACH), lambda: Kronecker(0.5, 0.5, 0.9, 1e-4, "max")),
+    "newton": (
+        lambda: pw.Precondition(right=0.5, damping=1e-3, solver="newton", **EACH),
+        lambda: Kronecker(0, 0.5, 0.95, 1e-3),
+    ),
+}
+
+
+@pytest.mark.parametrize("sizes", [(4, 64, 32), (128, 64, 32), (8, 200, 16)])
+@pytest.mark.parametrize("name", SMALL_DAMPING)
+def test_a_small_damping_loses_no_digits_in_silence(name, sizes):
+    for kind in ("plain", "repeated", 10.0, 100.0):
+        errors, _ = measure_errors(SMALL_DAMPING[name], kind, sizes, True)
+        assert max(errors, default=0.0) <= 1e-4, kind
+
+
+@pytest.mark.parametrize("name", ["FeatureWhitening", "AdaBK"])
+def test_a_small_damping_of_many_rows_is_not_counted(name):
+    errors, events = measure_errors(SMALL_DAMPING[name], "plain", (200, 64, 32), True)
+    assert events == 0
+    assert max(errors) < 1e-5
 
 
 def test_a_statistic_below_the_range_is_counted_and_zeros_are_not():
@@ -108,6 +148,26 @@ def test_rls_counts_lost_digits_whatever_the_loss_scale(loss_scale):
             optimizer.step()
         assert rule.health.of("").get(ROUNDING, 0) >= count
         assert count or not rule.health.counts
+
+
+@pytest.mark.parametrize("offset", [3.0, 10.0, 100.0, 1000.0])
+@pytest.mark.parametrize(("forgetting", "gain", "ridge"), [(1.0, 0.1, 1.0), (0.99, 1.0, 0.1)])
+def test_rls_does_not_add_up_rounding_in_silence(offset, forgetting, gain, ridge):
+    """In float32 the errors of 300 steps are 10⁻³ and more."""
+    generator, events = torch.Generator().manual_seed(0), 0
+    layer, definition = nn.Linear(5, 3), Recursive(forgetting, gain, ridge)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    rule = pw.RLS(forgetting, gain, ridge).attach(layer, optimizer)
+    for step in range(300):
+        x, delta = draw(offset, (40, 5, 3), generator)
+        wanted = definition.step(torch.cat([x, torch.ones(40, 1)], 1).double(), delta.double())
+        optimizer.zero_grad()
+        layer(x).backward(delta)
+        optimizer.step()
+        before, events = events, rule.health.total(ROUNDING)
+        found = torch.cat([p.grad.double().reshape(3, -1) for p in layer.parameters()], 1)
+        assert events > before or (found - wanted).norm() < 1e-4 * wanted.norm(), step
+    assert offset > 3 or events == 0
 
 
 def whiten(values: Tensor, vectors: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Says in a sentence why a file or a folder could not be read or written, and what to do about it."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

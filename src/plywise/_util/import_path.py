@@ -1,7 +1,5 @@
 """Loads what a user names by ``module:name``, with errors that say what went wrong in it."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import os

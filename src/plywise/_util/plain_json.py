@@ -1,7 +1,5 @@
 """Nested values as JSON can hold them: dicts, lists, and numbers that are finite or rounded."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Process groups: they end what user code started in a process together with that process."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

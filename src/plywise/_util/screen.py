@@ -1,7 +1,5 @@
 """A console whose lines break between words."""
 
-from __future__ import annotations
-
 from textwrap import TextWrapper
 from typing import Any
 

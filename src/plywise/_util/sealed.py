@@ -1,7 +1,5 @@
 """JSON with a digest of itself at its end, ``check``, which shows whether it is undamaged."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

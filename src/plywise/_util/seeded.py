@@ -1,7 +1,5 @@
 """Random numbers from a seed, in a block."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager

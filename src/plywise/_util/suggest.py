@@ -1,7 +1,5 @@
 """Suggests names similar to a misspelt one."""
 
-from __future__ import annotations
-
 import difflib
 
 

@@ -1,9 +1,17 @@
 """Tables as text and, for notebooks, as HTML."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from html import escape
+
+
+def format_number(value: float | None, pattern: str = ".3g") -> str:
+    """A number, or a dash where there is none.
+
+    Example:
+        >>> format_number(0.12345), format_number(None)
+        ('0.123', '–')
+    """
+    return "–" if value is None else format(value, pattern)
 
 
 def format_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,7 +1,5 @@
 """Refuses arguments of a wrong kind to `bench`, `diagnose` and `load`, by name."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import os
@@ -26,24 +24,12 @@ def _is_whole(least: int) -> Callable[[object], bool]:
     return check
 
 
-def _is_path(value: object) -> bool:
-    return isinstance(value, str | os.PathLike)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_text_or_list(value: object) -> bool:
-    return is_list(value) or isinstance(value, str)
+def _is(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kinds)
 
 
 def _is_names(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, list | tuple) and all(map(_is_text, value)))
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
+    return isinstance(value, str) or (isinstance(value, list | tuple) and all(map(_is(str), value)))
 
 
 def _is_duration(value: object) -> bool:
@@ -52,17 +38,16 @@ def _is_duration(value: object) -> bool:
 
 _FROM_0, _FROM_1 = (f"a whole number of at least {least}" for least in (0, 1))
 _KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "out": ("a path", _is_path),
-    "folder": ("a path", _is_path),
-    "workload": ("the name of a workload", _is_text),
+    **dict.fromkeys(("out", "folder"), ("a path", _is(str, os.PathLike))),
+    "workload": ("the name of a workload", _is(str)),
     "workloads": ("names of workloads, in a list or in one string", _is_names),
     "methods": (
         "a list of names, classes and Method objects, or names in one string",
-        _is_text_or_list,
+        lambda value: is_list(value) or isinstance(value, str),
     ),
-    "search": ("the name of a search", _is_text),
-    "read": ("a string", _is_text),
-    "progress": ("True or False", _is_bool),
+    "search": ("the name of a search", _is(str)),
+    "read": ("a string", _is(str)),
+    "progress": ("True or False", _is(bool)),
     "timeout_s": ("a finite number of seconds above 0", _is_duration),
     **dict.fromkeys(("hidden_seed", "seed", "trials", "blocks"), (_FROM_0, _is_whole(0))),
     **dict.fromkeys(

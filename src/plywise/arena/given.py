@@ -4,12 +4,10 @@ A bench names everything by address, so that its folder records what was compare
 it. An object gets an address in a module that exists in this process only.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -103,11 +101,4 @@ def name_data(value: Any) -> str:
         >>> name_data("digits"), name_data(([[0.0]], [1]))
         ('digits', 'given_objects:data')
     """
-    if isinstance(value, str) or callable(value):
-        return name_object(value, "data")
-
-    def data() -> Any:
-        return value
-
-    made: Callable[[], Any] = data
-    return name_object(made, "data")
+    return name_object(value if isinstance(value, str) or callable(value) else lambda: value, "data")

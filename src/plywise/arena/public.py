@@ -1,7 +1,5 @@
 """The arena from Python: `bench`, `diagnose` and `load`."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -114,7 +112,9 @@ def bench(
         StateError: the folder holds another bench.
     """
     given = {"batch_size": batch_size, "steps": steps, "blocks": blocks}
-    own = _name_functions(loss=loss, metric=metric, step=step) | {"read": read, "keep_batches": keep_batches}
+    functions = {"loss": loss, "metric": metric, "step": step}
+    own: dict[str, Any] = {role: name_object(function, role) for role, function in functions.items()}
+    own |= {"read": read, "keep_batches": keep_batches}
     config = BenchConfig(
         tuple(_make_specs(model, data, workloads, hidden_seed, own, given)),
         _name_methods(methods),
@@ -213,10 +213,6 @@ def _make_specs(
         address = name_object(model, "model")
         return [WorkloadSpec(address, address, name_data(data), **own, **given)]
     return [WorkloadSpec(name, **given) for name in list_workloads(workloads, hidden_seed)]
-
-
-def _name_functions(**functions: Any) -> dict[str, Any]:
-    return {role: name_object(function, role) for role, function in functions.items()}
 
 
 def _name_methods(methods: str | Sequence[Entry]) -> tuple[str, ...]:

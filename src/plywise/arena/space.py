@@ -1,7 +1,5 @@
 """Search spaces, and quasi-random points at the same relative places for every method."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The task of a network: a loss to train by, and a metric to compare by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

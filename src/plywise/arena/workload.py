@@ -1,7 +1,5 @@
 """A workload of the arena: a model, data, a task, and a number of steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

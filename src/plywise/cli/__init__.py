@@ -3,8 +3,6 @@
 Nothing here imports torch: commands import what is heavy when they run, so that ``--help`` answers at once.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

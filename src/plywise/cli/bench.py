@@ -183,7 +183,6 @@ def _refuse_settings(out: Path, model: str | None, flags: Flags) -> None:
 
 
 def _make_config(model: str | None, flags: Flags) -> BenchConfig:
-    """Make the config from the flags."""
     from plywise.arena.run.config import BenchConfig
 
     same = ("trials", "seeds", "device", "search", "threads", "timeout_s")
@@ -195,7 +194,6 @@ def _make_config(model: str | None, flags: Flags) -> BenchConfig:
 
 
 def _make_specs(model: str | None, flags: Flags) -> list[WorkloadSpec]:
-    """The workloads, as the flags say."""
     from plywise.arena.run.config import WorkloadSpec
     from plywise.arena.workloads import list_workloads
 
@@ -239,7 +237,6 @@ def _make_executor(ray: str | None, workers: int | None, config: BenchConfig) ->
 
 
 def _read_config(out: Path) -> BenchConfig:
-    """The config of the bench in a folder."""
     from plywise._util.file_errors import require_file
     from plywise._util.sealed import unseal
     from plywise.arena.run.config import BenchConfig
@@ -329,7 +326,6 @@ def _run(
 
 
 def _announce(bench: Bench, screen: Console) -> None:
-    """Say what will run, and what will not."""
     config = bench.resolved.config
     screen.print(
         f"Methods: {len(config.methods)}; workloads: {len(config.workloads)}; tuning trials of each: "

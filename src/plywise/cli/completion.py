@@ -1,7 +1,5 @@
 """`plywise completion`: the Tab key completes commands and flags."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from plywise.cli.console import console

@@ -119,8 +119,3 @@ def table(*headings: str, title: str | None = None, numbers: tuple[str, ...] = (
     for heading in headings:
         made.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
     return made
-
-
-def number(value: Any, pattern: str = ".3g") -> str:
-    """A number, or a dash where there is none."""
-    return "–" if value is None else format(value, pattern)

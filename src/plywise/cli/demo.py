@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import sys
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plywise._util.files import require_writable
-from plywise.cli.console import VOLUME, console, notes, number, table
+from plywise._util.plain_json import drop_infinite
+from plywise._util.tables import format_number
+from plywise.cli.console import VOLUME, console, notes, table
 from plywise.errors import CommandError
 
 if TYPE_CHECKING:
@@ -84,22 +85,17 @@ def results(summary: BenchSummary) -> Table:
     columns = ("reached the target", "steps to it", "CPU s to it", "test error, %", "step cost", "failed")
     shown = table("method", *columns, numbers=columns)
     for row in summary.rows:
-        test = "–" if row.test is None else f"{100 * row.test.median:.1f}"
+        steps, seconds = (drop_infinite(row.times[clock].value) for clock in ("steps", "cpu"))
         shown.add_row(
             row.method,
             f"{row.reached} of {row.runs}",
-            number(_finite(row.times["steps"].value), "g"),
-            number(_finite(row.times["cpu"].value), ".2f"),
-            test,
-            number(row.step_cost, ".2f") + "×",
+            format_number(steps, "g"),
+            format_number(seconds, ".2f"),
+            format_number(100 * row.test.median if row.test else None, ".1f"),
+            format_number(row.step_cost, ".2f") + "×",
             f"{row.failed} of {row.runs}",
         )
     return shown
-
-
-def _finite(value: float) -> float | None:
-    """The median time, or None if most runs never reached the target."""
-    return value if math.isfinite(value) else None
 
 
 def _has_screen() -> bool:

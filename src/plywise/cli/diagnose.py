@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from plywise.cli.console import console, number, print_json, table
+from plywise._util.tables import format_number
+from plywise.cli.console import console, print_json, table
 from plywise.cli.training import Switch
 from plywise.errors import BenchError, CommandError, PlywiseError
 
@@ -184,12 +185,12 @@ def _cells(layer: LayerDiagnosis, diagnosis: Diagnosis) -> list[Text | str]:
         return [why, *["–"] * (len(NUMBERS) - 2)]
     striking, read = outlying(layer, diagnosis), layer.read
     cells = {
-        "rows": number(layer.rows),
+        "rows": format_number(layer.rows),
         "backward": _shorten(layer.backward),
         "backward_to_last": _shorten(layer.backward_to_last),
-        "silent": number(layer.silent, ".0%"),
+        "silent": format_number(layer.silent, ".0%"),
         "rate": _shorten(layer.rate) if layer.trains else "frozen",
-        "noise": number(layer.noise, ".0%"),
+        "noise": format_number(layer.noise, ".0%"),
         "condition": _shorten(read.condition if read else None) + ("+" if read and read.at_least else ""),
         "rank": f"{_shorten(read.effective_rank)}/{read.rank}" if read else "–",
     }
@@ -198,12 +199,11 @@ def _cells(layer: LayerDiagnosis, diagnosis: Diagnosis) -> list[Text | str]:
 
 def _shorten(value: float | None) -> str:
     """Two digits, and an exponent without its zeros: the table is wide."""
-    text = number(value, ".2g")
+    text = format_number(value, ".2g")
     return text.replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
 def _format_left(diagnosis: Diagnosis) -> str:
-    """Modules that no rule handles, those of one reason together."""
     groups: dict[str, list[str]] = {}
     for one in diagnosis.left:
         groups.setdefault(one.reason, []).append(one.name or one.type)

@@ -11,7 +11,7 @@ from plywise.cli.console import console, print_json, table
 from plywise.cli.training import Switch
 from plywise.engine.explain import Explanation, format_bytes, format_cost, format_reason
 from plywise.errors import AddressError, CommandError, DataError, PlywiseError
-from plywise.training.config import literal
+from plywise.training.config import parse_settings
 
 HEADINGS = ("layer", "type", "weight", "treatment", "why", "memory", "cost")
 
@@ -172,27 +172,18 @@ def _find_tensor(output: Any) -> Tensor:
     parts = output if isinstance(output, list | tuple) else [output]
     for part in parts:
         if getattr(part, "requires_grad", False):
-            found: Tensor = part
-            return found
+            return part
     raise TypeError(f"it returned {type(output).__name__}, with no tensor that has a gradient")
 
 
 def make_rule(name: str, settings: tuple[str, ...]) -> Rule:
     """The rule called ``name`` with ``settings`` of the form name=value."""
-    from plywise._util.suggest import suggestion
+    from plywise.local.settings import check_settings
     from plywise.registry.resolve import resolve_rule
 
     rule_class: Any = resolve_rule(name)
-    known = tuple(field.name for field in fields(rule_class))
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise CommandError(f"--set needs name=value, as in --set tau=2, not {setting!r}.")
-        if key not in known:
-            hint = f"{suggestion(key, known)}It has: {', '.join(known) or 'none at all'}."
-            raise CommandError(f"{rule_class.__name__} has no hyper-parameter {key!r}. {hint}")
-        values[key] = literal(text)
+    values = parse_settings("--set", "--set tau=2", settings)
+    check_settings(rule_class.__name__, values, (field.name for field in fields(rule_class)))
     try:
         rule: Rule = rule_class(**values)
     except (ValueError, TypeError) as error:

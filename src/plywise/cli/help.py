@@ -1,7 +1,5 @@
 """`plywise help`: prints the documentation of errors."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The user's code that ends the process of a command."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

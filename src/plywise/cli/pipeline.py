@@ -96,7 +96,6 @@ def _train(plan: TrainConfig, fresh: bool, is_first: bool) -> tuple[bool, int]:
 
 
 def _layout(session: Session) -> str:
-    """Say which process holds which components."""
     engine: Any = session.engine
     ends = [*engine.cuts[1:], len(engine.learner.trainers)]
     stages = ", ".join(

@@ -13,10 +13,8 @@ from plywise.errors import BenchError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from plywise.arena.reports.trackers import Exported
-    from plywise.arena.scoring.results import BenchResults
     from plywise.arena.scoring.summary import BenchSummary
 
 
@@ -93,14 +91,17 @@ def conclude(folder: Path, json: bool = False) -> BenchSummary:
 
 
 def _print_summary(summary: BenchSummary) -> None:
-    """Print the ranking, the verdict and the conclusions."""
-    from plywise.arena.reports.ends import has_ranking
+    from plywise.arena.reports.ends import has_ranking, list_standing
 
-    screen = console()
-    if has_ranking(summary):
-        screen.print(_standing(summary.results))
-    elif summary.rows:
-        screen.print(_make_table_of_ends(summary))
+    screen, title = console(), summary.results.tracks[0]
+    if is_ranked := has_ranking(summary):
+        title = f"{title}, by CPU time"
+    headings, rows = list_standing(summary)
+    if is_ranked or rows:
+        shown = table(*headings, title=title, numbers=headings[1:])
+        for row in rows:
+            shown.add_row(*row)
+        screen.print(shown)
     screen.print(f"{summary.verdict}\n")
     for sentence in summary.conclusions:
         screen.print(f"- {sentence}")
@@ -124,27 +125,3 @@ def _for_machines(path: Path | None, summary: BenchSummary) -> dict[str, Any]:
         "verdict": summary.verdict,
         "findings": summary.conclusions,
     }
-
-
-def _make_table_of_ends(summary: BenchSummary) -> Table:
-    from plywise.arena.reports.ends import END_HEADINGS, list_ends
-
-    shown = table(*END_HEADINGS, title=summary.results.tracks[0], numbers=END_HEADINGS[1:])
-    for row in list_ends(summary):
-        shown.add_row(*row)
-    return shown
-
-
-def _standing(field: BenchResults) -> Table:
-    """Make the table of the ranking on the first track, by processor time."""
-    from plywise.arena.scoring.conclusions import format_span
-    from plywise.arena.scoring.ranking import rank_methods
-
-    track = field.tracks[0]
-    headings = ("rank", "time to the target over the best baseline's", "reached")
-    shown = table("method", *headings, title=f"{track}, by CPU time", numbers=headings)
-    for one in rank_methods(field, track, "cpu"):
-        rank = "null control" if one.rank is None else f"{one.rank.value:g}{' =' if one.level else ''}"
-        ratio = "–" if one.ratio is None else format_span(one.ratio)
-        shown.add_row(one.method, rank, ratio, f"{one.reached} of {one.runs}")
-    return shown

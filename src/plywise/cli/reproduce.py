@@ -184,13 +184,11 @@ def _announce(made: Reproduction, executor: ProcessExecutor, screen: Console) ->
 
 
 def _follow(pieces: Iterator[Progress], made: Reproduction, screen: Console) -> None:
-    """Show each run as it ends."""
     steps = (Step(piece.done, piece.total, _describe_run(piece.line), piece.seconds_left) for piece in pieces)
     follow(steps, screen, done=made.done, total=made.total, verbose=VOLUME.verbose)
 
 
 def _describe_run(line: dict[str, Any]) -> str:
-    """A run in one line."""
     from plywise.arena.scoring.records import TUNING
 
     which = f"rate {line['rate']:g}" if line["purpose"] == TUNING else f"seed {line['seed']}"
@@ -201,7 +199,6 @@ def _describe_run(line: dict[str, Any]) -> str:
 
 
 def _show(about: dict[str, Any], screen: Console) -> None:
-    """The tables."""
     from plywise.arena.reproductions.experiment import SIZE_WORDS
     from plywise.arena.reproductions.tables import HEADINGS, describe_claims, make_rows
 

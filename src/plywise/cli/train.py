@@ -1,7 +1,5 @@
 """`plywise train`: trains a network block by block, by a file or flags, and resumes after interruptions."""
 
-from __future__ import annotations
-
 from plywise.cli.console import console, notes
 from plywise.cli.training import Flags, Switch, again, conclude, following, introduce, plan_from
 

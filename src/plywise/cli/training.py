@@ -183,7 +183,6 @@ class _Epochs:
 
 
 def _what(session: Session) -> str:
-    """What is trained, in words."""
     plan = session.plan
     if plan.step is not None:
         return f"{plan.model} as a whole by {plan.step}"

@@ -1,7 +1,5 @@
 """A table that is printed in several pieces where a terminal is too narrow for it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -31,7 +29,6 @@ class WideTable(Table):
             yield self._take(places, widths, has_title=number == 0)
 
     def _take(self, places: list[int], widths: list[int], has_title: bool) -> Table:
-        """Make a table of some columns."""
         piece = Table(
             box=self.box,
             title=self.title if has_title else None,

@@ -1,12 +1,11 @@
 """`plywise workloads`: lists the workloads of `plywise bench` and fetches their data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from cyclopts import App
 
-from plywise.cli.console import console, number, print_json, table
+from plywise._util.tables import format_number
+from plywise.cli.console import console, print_json, table
 from plywise.cli.training import Switch
 
 app = App(
@@ -32,7 +31,7 @@ def workloads(*, json: Switch = False) -> None:
     for name in WORKLOADS:
         one = find_workload(name)
         mark = f"{name} *" if name in QUICK else name
-        rows.add_row(mark, one.about, one.task.metric_name, str(one.steps), number(one.target))
+        rows.add_row(mark, one.about, one.task.metric_name, str(one.steps), format_number(one.target))
     screen = console()
     screen.print(rows)
     screen.print("* quick: needs no file and takes a second or two a run.")
@@ -44,7 +43,6 @@ def workloads(*, json: Switch = False) -> None:
 
 
 def _describe(name: str) -> dict[str, Any]:
-    """Describe a workload for machines."""
     from plywise.arena.workloads import QUICK, find_workload
 
     one = find_workload(name)

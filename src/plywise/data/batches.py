@@ -319,6 +319,11 @@ class StoredBatches:
         return {"files": list(self.files), "sizes": list(self.sizes), "values": list(self.values)}
 
 
+def list_targets(part: Part) -> Iterator[Tensor]:
+    """Yield the targets of a part: all at once if they are in memory, else batch by batch."""
+    return iter([part.y]) if isinstance(part, Split) else (y for _, y in part.chunks(1))
+
+
 def unpack_part(packed: Mapping[str, Any]) -> Split | StoredBatches:
     """Invert ``pack`` of `Split` and `StoredBatches`."""
     if "files" in packed:

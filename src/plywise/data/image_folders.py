@@ -1,7 +1,5 @@
 """Reads images from folders, one for each class."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Calls a model with a batch, and finds scores and loss in its output."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Reads a user's data for all commands, checks them, and cuts them into three parts if necessary."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -214,7 +212,6 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
 
 
 def _describe_streams(parts: Parts) -> str:
-    """Describe in a phrase how streams are used."""
     stored = {name: part for name, part in parts.items() if isinstance(part, StoredBatches)}
     counts = ", ".join(f"{part.count_places():,} ({name})" for name, part in stored.items())
     return f"; batches are kept as they came in one pass, augmented once: {counts}" if stored else ""

@@ -1,7 +1,5 @@
 """Reads tables in Parquet files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

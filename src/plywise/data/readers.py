@@ -4,8 +4,6 @@ Each reader takes a path and returns arrays or text. A faulty file raises an err
 compressed by gzip, whatever their names.
 """
 
-from __future__ import annotations
-
 import lzma
 import math
 import tarfile

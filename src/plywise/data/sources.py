@@ -1,7 +1,5 @@
 """Reads the data that a user's function returns: arrays, Datasets, loaders and streams become parts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -144,7 +142,6 @@ def _is_pair(thing: Any) -> bool:
 
 
 def _read_one(what: str, thing: Any, reading: Reading, reader: Reader) -> Part:
-    """Read one part."""
     if isinstance(thing, Mapping):
         return _make_split(*split_target(thing), what, reading, reader)
     if not is_source(thing):
@@ -239,7 +236,6 @@ def _read_each(items: Iterable[Any], what: str) -> Iterator[Any]:
 def _read_batch(
     batch: Any, what: str, reading: Reading, reader: Reader, left_out: set[str]
 ) -> tuple[Batch, Batch]:
-    """Read inputs and targets of a batch of a stream."""
     if isinstance(batch, Mapping) and not reading.whole:
         left_out |= {key for key, value in batch.items() if _is_text(value)}
         batch = {key: value for key, value in batch.items() if key not in left_out}

@@ -1,13 +1,12 @@
 """Reads ``.csv`` files line by line, so that a table needs only the memory of its numbers."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +101,7 @@ def read_table(
     # grows in place: nothing is copied where memory can be remapped
     values = array("f" if dtype is np.float32 else "d")
     count = 0
-    for count, row in enumerate(rows if has_names else _put_first(first, rows), 1):
+    for count, row in enumerate(rows if has_names else chain([first], rows), 1):
         column.replace(row, is_first=count == 1)
         try:
             if "_" in "".join(row):  # Python reads 1_2 as 12
@@ -244,11 +243,6 @@ def _read_cells(path: Path) -> Iterator[list[str]]:
             raise DataError(f"{path} is not text in UTF-8: {error}. Save it in this encoding.") from error
 
 
-def _put_first(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
-    yield first
-    yield from rest
-
-
 def _guess_header(path: Path, first: list[str]) -> tuple[bool, str]:
     """Guess whether the first line holds names; return a sentence, too, if that is not certain."""
     numbers = [cell for cell in first if _is_number(cell)]
@@ -273,7 +267,6 @@ def _guess_header(path: Path, first: list[str]) -> tuple[bool, str]:
 
 
 def _is_blank(cell: str) -> bool:
-    """Tell whether a cell is empty or ``nan``."""
     return not cell.strip() or cell.strip().lower() in ("nan", "na", "null")
 
 

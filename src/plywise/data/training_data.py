@@ -1,14 +1,11 @@
 """Data for `plywise train` and `plywise pipeline`, with the kind of their targets."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from plywise.data.batches import Part, Split
+from plywise.data.batches import Part, list_targets
 from plywise.data.own_data import Parts
 from plywise.data.parts import compute_digest
 from plywise.data.reading import IGNORED
@@ -82,19 +79,15 @@ def _note_parts(parts: Parts) -> list[str]:
     return ["The result is judged on the validation part, since there is no test part."]
 
 
-def _list_targets(part: Part) -> Iterator[Tensor]:
-    return iter([part.y]) if isinstance(part, Split) else (y for _, y in part.chunks(1))
-
-
 def _find_kind(address: str, train: Part) -> str:
-    y = next(_list_targets(train))
+    y = next(list_targets(train))
     if not y.is_floating_point():
         if y.dim() in (1, 2):
             return CLASSES if y.dim() == 1 else TOKENS
     elif (
         y.dim() == 2
         and y.shape[1] > 1
-        and all(bool(((t == 0) | (t == 1)).all()) for t in _list_targets(train))
+        and all(bool(((t == 0) | (t == 1)).all()) for t in list_targets(train))
     ):
         return LABELS
     elif y.dim() in (1, 2):
@@ -107,8 +100,8 @@ def _find_kind(address: str, train: Part) -> str:
 
 def _count_outputs(kind: str, parts: list[Part]) -> int:
     if kind in (CLASSES, TOKENS):
-        return 1 + max(int(y.max()) for part in parts for y in _list_targets(part))
-    y = next(_list_targets(parts[0]))
+        return 1 + max(int(y.max()) for part in parts for y in list_targets(part))
+    y = next(list_targets(parts[0]))
     return 1 if y.dim() == 1 else y.shape[1]
 
 

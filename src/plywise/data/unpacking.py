@@ -1,7 +1,5 @@
 """Reads files that may be compressed by gzip, and refuses those that would not fit into memory."""
 
-from __future__ import annotations
-
 import gzip
 import zlib
 from collections.abc import Iterator

@@ -14,6 +14,7 @@ from plywise.engine.capture.capture import Capture
 from plywise.engine.capture.table import ParameterTable
 from plywise.engine.contract import RuleContract
 from plywise.engine.explain import BY_NAME
+from plywise.engine.outside_uses import OutsideUses
 from plywise.engine.selection import is_handled
 from plywise.engine.sites import TRANSFORM, ParameterEntry
 from plywise.engine.statistics.gathered import list_passes
@@ -30,6 +31,7 @@ class Arrivals:
         responder: answers for captured calls.
         on_answered: called with each entry whose gradient was made by the rule.
         on_accumulated: called with the name of each layer whose gradient has arrived.
+        outside: compares gradients with what the rule has answered, in the first passes.
 
     Attributes:
         altered: the backward passes in which the rule sends other values down than gradients.
@@ -43,6 +45,7 @@ class Arrivals:
         responder: Any,
         on_answered: Callable[[ParameterEntry], None],
         on_accumulated: Callable[[str], None] | None,
+        outside: OutsideUses,
     ) -> None:
         self.altered = AlteredPasses(responder, self._refuse_altered_leaf)
         self._rule = rule
@@ -50,6 +53,7 @@ class Arrivals:
         self._capture = capture
         self._on_answered = on_answered
         self._on_accumulated = on_accumulated
+        self._outside = outside
         self._handles: list[RemovableHandle] = []
         self._watched: dict[int, weakref.ref[Tensor]] = {}
 
@@ -76,6 +80,7 @@ class Arrivals:
             if parameter.is_leaf and not self.is_watched(parameter):
                 hook: Any = _Arrival(self, entry)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                self._handles += self._outside.watch(entry, parameter)
                 self._watched[id(parameter)] = weakref.ref(parameter)
 
     def sees(self, entry: ParameterEntry) -> bool:
@@ -174,9 +179,10 @@ def _explain_uncaptured(entry: ParameterEntry) -> str:
     return (
         f"The weight {entry.name!r} got a gradient that did not pass through the rule. "
         "Likely causes: torch.compile ran the model before attach() (attach first, or call "
-        "torch.compiler.reset()), the forward ran before attach(), the layer's .forward() was called "
-        "directly, or its weight is used outside of the model's forward (such as in a function that a "
-        "checkpoint with use_reentrant=True runs again). If that is meant, leave the layer to the optimizer: "
+        "torch.compiler.reset()), the forward ran before attach(), or in rule.paused() and the backward "
+        "after it, the layer's .forward() was called directly, or its weight is used outside of the model's "
+        "forward (such as in a function that a checkpoint with use_reentrant=True runs again). If that is "
+        "meant, leave the layer to the optimizer: "
         f"attach(..., exclude={entry.layer!r})."
     )
 

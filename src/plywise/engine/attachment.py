@@ -20,6 +20,7 @@ from plywise.engine.explain import Explanation
 from plywise.engine.guard import StepGuard
 from plywise.engine.health import Health
 from plywise.engine.liveness import Liveness
+from plywise.engine.outside_uses import OutsideUses
 from plywise.engine.processes.followed_parameters import refuse_old_optimizer, refuse_replaced
 from plywise.engine.processes.pipelining import runs_in_pipeline
 from plywise.engine.readers import make_readers
@@ -104,7 +105,13 @@ class Attachment:
         self.capture = Capture(make_readers(self.kinds), self.table, self.takes, self._alters)
         counts = self._count_evidence if self.rule.remembers else None
         self.arrivals = Arrivals(
-            self.rule, self.table, self.capture, self.responder, self._note_answer, counts
+            self.rule,
+            self.table,
+            self.capture,
+            self.responder,
+            self._note_answer,
+            counts,
+            OutsideUses(self.title, self.health),
         )
         if not is_empty(layers):
             refuse_nothing(self.table.entries, type(self.rule).__name__, model, self.kinds)

@@ -214,6 +214,9 @@ class StatefulContract(RuleContract):
         """Whether weights that are computed, or used in several ways, are left to the optimizer."""
         return not self.acts_alone
 
+    later_statistics: ClassVar[frozenset[str]] = frozenset()
+    """Statistics that earlier versions did not have. In states that these saved, they are missing."""
+
     turns_steps: ClassVar[bool] = False
     """Whether the optimizer works in other coordinates: its steps have to be turned back."""
 
@@ -285,6 +288,16 @@ class StatefulContract(RuleContract):
         Called in every step that refreshes, and in the others unless the rule acts `in_backward`.
         """
         return gradient, {}
+
+    def measure_amplification(self, memory: State) -> Tensor | None:
+        """Return how `finish_stacked` multiplies rounding errors of gradients on average, one for each layer.
+
+        The engine counts updates in which they may be more than a ten thousandth. None if this is not known.
+
+        Args:
+            memory: the layers' states, each tensor with a first dimension for the layers.
+        """
+        return None
 
     def finish_stacked(self, memory: State, gradients: Tensor) -> tuple[Tensor, State]:
         """Finish layers of one shape, as `finish` does; override it if one call can serve all of them.

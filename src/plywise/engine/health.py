@@ -12,6 +12,7 @@ __all__ = [
     "FLOAT64",
     "IDENTITY",
     "NON_FINITE",
+    "OUTSIDE",
     "ROUNDING",
     "SKIPPED",
     "UNUSED",
@@ -22,6 +23,7 @@ SKIPPED = "step skipped"
 BUFFERS = "buffer is not finite"
 ALL_WELL = "Everything went the plain way."
 UNUSED = "the rule took no part in a step"
+OUTSIDE = "a part of the gradient came from outside of the model's forward"
 
 
 @dataclass

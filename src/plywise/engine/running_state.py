@@ -29,9 +29,7 @@ from plywise.engine.coordinates.turned_steps import TurnedSteps
 from plywise.engine.health import Health
 from plywise.engine.processes.followed_parameters import refuse_replaced
 from plywise.engine.processes.training_processes import TrainingProcesses
-from plywise.engine.sharding import is_any_nonzero
 from plywise.engine.sites import ParameterEntry, Site
-from plywise.engine.statistics.agreement import Agreement
 from plywise.engine.statistics.early_layers import GRADIENT, gather_gradient, learn_from_call, measure_scale
 from plywise.engine.statistics.gathered import GatheredEvidence
 from plywise.engine.statistics.known_layers import KnownLayers
@@ -39,9 +37,10 @@ from plywise.engine.statistics.layer_handle import LayerHandle
 from plywise.engine.statistics.learning import Learning
 from plywise.engine.statistics.resting import Resting, RestingLayers
 from plywise.engine.statistics.saved_state import NOTHING, LayerState, SavedState
-from plywise.engine.statistics.shard_exchange import find_held, share_out_gradients
+from plywise.engine.statistics.shard_exchange import share_out_gradients
 from plywise.engine.statistics.state_dicts import StateDicts
 from plywise.engine.statistics.step_updates import StepUpdates
+from plywise.engine.statistics.taking_part import TakingPart
 from plywise.errors import PlywiseError
 
 NOTHING_TO_DO = nullcontext()
@@ -80,7 +79,6 @@ class RunningState:
         self._leave_to_optimizer = leave
         self._entries = list(entries)
         self.processes = TrainingProcesses(type(rule).__name__, self._entries, process_group)
-        self._agreement = Agreement()
         self._known = KnownLayers(self._entries)
         self._layers = self._known.by_name
         self._updates = StepUpdates(rule, health_)
@@ -90,6 +88,7 @@ class RunningState:
         self._made: dict[str, LayerState] | None = None
         self._rested: RestingLayers | None = None
         self._saved = SavedState(rule, optimizer, self._layers, self._entries, self._turn_back)
+        self._parts = TakingPart(self._entries, self._known, self._saved, self._gathered, self.processes)
         self._learning = Learning(rule, self._saved, self._known, health_)
         self.resting = Resting(
             rule=rule,
@@ -126,7 +125,7 @@ class RunningState:
     def _leave(self, entry: ParameterEntry, reason: str) -> None:
         """Leave a weight to the optimizer; what has been learned of it is dropped."""
         layers = [layer.name for layer in self._known.of_weight(entry)]
-        if self._agreement.has_settled(entry):
+        if self._parts.have_settled(entry):
             raise PlywiseError(
                 f"Layer {layers[0]!r}: {reason}. The other processes do not know of that and go on with it: "
                 f"leave the layer to the optimizer on all of them, attach(..., exclude={entry.layer!r})."
@@ -156,12 +155,14 @@ class RunningState:
         if has_bias != (layer.bias is not None):
             self._leave(layer.entry, "some of its calls add its bias and others do not")
             return {}, True
-        state = self._saved.read_moved(name, like)
+        had_bias, state = self._saved.has_column(name), self._saved.read_moved(name, like)
         if layer.acts_alone and not state.in_backward:  # the factor of its updates is not known yet
             state = NOTHING
         pending = self._pending.get(name)
         if pending is not None and not layer.holds_gradient(pending.mark):
             del self._pending[name]  # zero_grad was called since: that step will not happen
+        elif pending is not None and had_bias != has_bias:  # frozen or thawed between micro-batches
+            pending.evidence = {}
         return state.tensors, self._waits(name)
 
     def _waits(self, name: str) -> bool:
@@ -241,10 +242,12 @@ class RunningState:
         made, self._made = self._made, None
         rested, self._rested = self._rested, None
         self.resting.begin_step()
-        if self._turned is not None and made is not None:
-            before = {name: self._saved.read(name).tensors for name in made}
+        if self._turned is not None:
+            news = made or {}
+            before = {name: self._saved.read(name).tensors for name in news}
             with self._in_full_precision():
-                self._turned.keep([self._layers[name] for name in made], before, made, optimizer)
+                self._turned.keep([self._layers[name] for name in news], before, news, optimizer)
+        self._parts.release_biases()
         if made is None:
             if self._saved.step == 0:
                 self._saved.write_templates()
@@ -267,15 +270,19 @@ class RunningState:
         self._saved.follow(optimizer)
         if self._apply_at_rest(optimizer):
             return
-        layers = self._find_layers(optimizer)
-        self._drop_lost(layers)
-        if not self._has_evidence(layers):
+        layers = self._parts.find(optimizer)
+        has_evidence = self._parts.have_evidence(layers)
+        if not has_evidence and self._turned is None:
             self.drop_pending()  # no backward of ours leads to this step
             return
-        self.processes.warn_if_alone()
-        active = {layer.name: layer for layer in self._find_active(layers)}
+        active = {layer.name: layer for layer in self._parts.find_active(layers)}
         before = {name: self._saved.read_moved(name, layer.statistic_like) for name, layer in active.items()}
         memories = {name: state.tensors for name, state in before.items()}
+        if not has_evidence:
+            self.drop_pending()
+            self._make_updates([*active.values()], before, memories, optimizer)
+            return
+        self.processes.warn_if_alone()
         changed = self._learn(active, memories)
         waiting = self._find_waiting(active)
         for layer in active.values():
@@ -291,48 +298,48 @@ class RunningState:
             elif memories[name] is not state.tensors and not self._rule.acts_at_step:
                 self._made[name] = replace(state, tensors=memories[name])
 
-    def _drop_lost(self, layers: list[LayerHandle]) -> None:
-        """Drop the evidence of gradients that are not there any more."""
-        marks = {name: pending.mark for name, pending in self._pending.items()}
-        held = find_held(layers, marks, self._entries, self.processes.replicas)
-        for name in [name for name in self._pending if name not in held]:
-            del self._pending[name]
-
     def _learn(self, active: dict[str, LayerHandle], memories: dict[str, State]) -> set[str]:
         """Learn and refresh what is due in this step; return the layers whose states have changed."""
         replicas = self.processes.replicas
         learned, gradients = self._learning.learn(active, self._pending, memories, replicas)
         due = [name for name in active if memories[name] and self._learning.refreshes(name)]
-        refreshed = self._find_parts_taken(due, active)
+        refreshed = self._parts.find_reached(due, active)
         self._learning.refresh(refreshed, memories, replicas)
         for name in gradients.keys() & {*refreshed}:
             memories[name] = {**memories[name], **measure_scale(self._rule, memories[name], gradients[name])}
         return {*learned, *refreshed}
 
     def _find_waiting(self, active: dict[str, LayerHandle]) -> list[LayerHandle]:
-        """Return the layers whose updates are made now."""
+        """Return the layers whose updates are made now; the rule turns every step of its layers.
+
+        The optimizer's momenta are in other coordinates, also where a gradient is zero or the rule is paused.
+        """
+        if self._turned is not None:
+            return [*active.values()]
         # a layer that had no rows here may have worked on another process: its gradient came by averaging
         shared = self.processes.size > 1
-        took_part = list(active) if shared else self._find_parts_taken(list(active), active)
+        took_part = list(active) if shared else self._parts.find_reached(list(active), active)
         return [active[name] for name in took_part if self._waits(name)]
 
     def _apply_at_rest(self, optimizer: Optimizer) -> bool:
         """Take the quick way through a step that gathers nothing; return whether that was possible."""
         resting = None if self._pending or self.processes.size > 1 else self.resting.find()
-        if resting is None:
+        if resting is None or (self._turned is not None and resting.has_frozen_gradients()):
             return False
         ready, absent = resting.take_arrived()
         if absent:  # no call of theirs was captured, so that nothing has been seen in their place
             refuse_replaced({layer.entry: [] for layer in absent}, optimizer, keeps_values=True)
-        if not ready:
+        layers = ready if self._turned is None else resting.layers
+        if not layers:
             return True  # no backward of ours leads to this step
         before, memories = resting.states, resting.memories.copy()
         refreshed = [layer.name for layer in ready if self._learning.is_due(before[layer.name])]
         if refreshed:
             self._learning.refresh(refreshed, memories, self.processes.replicas)
-        self._make_updates(ready, before, memories, optimizer)
-        self._made = {name: self._make_state(name, before[name], memories) for name in refreshed}
-        self._rested = resting
+        self._make_updates(layers, before, memories, optimizer)
+        if ready:
+            self._made = {name: self._make_state(name, before[name], memories) for name in refreshed}
+            self._rested = resting
         return True
 
     def _make_updates(
@@ -357,44 +364,3 @@ class RunningState:
         else:
             acts = self._rule.in_backward(memory, layer.shape)
         return LayerState(memory, before.phase, acts)
-
-    def _find_layers(self, optimizer: Optimizer) -> list[LayerHandle]:
-        """Return the layers that this optimizer steps, in the model's order."""
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [
-            layer
-            for layer in self._known.list_in_order()
-            if not layer.gone
-            and not layer.entry.excluded
-            and id(layer.weight) in stepped
-            and layer.weight.requires_grad
-        ]
-
-    def _has_evidence(self, layers: list[LayerHandle]) -> bool:
-        """Return whether a backward pass leads to this step; the same on all processes."""
-        if self.processes.size == 1:
-            part_taken = bool(self._pending) or any(layer.entry.arrived for layer in layers)
-            return part_taken and any(layer.has_gradient for layer in layers)
-        # a process whose rows all went elsewhere has no evidence, but the averaged gradients
-        parameters = [entry.parameter() for entry in self._find_weights()]
-        return is_any_nonzero([p.grad for p in parameters if p is not None and p.grad is not None])
-
-    def _find_parts_taken(self, names: list[str], active: Mapping[str, LayerHandle]) -> list[str]:
-        """Return which of these layers a backward pass has reached, on any process."""
-        flags = [name in self._pending or active[name].entry.arrived for name in names]
-        if names and self.processes.size > 1:
-            flags = self.processes.replicas.agree(flags, active[names[0]].device)
-        return [name for name, flag in zip(names, flags, strict=True) if flag]
-
-    def _find_active(self, layers: list[LayerHandle]) -> list[LayerHandle]:
-        """Return the layers that take part in this step; the same on all processes."""
-        if self.processes.size == 1:
-            called = [layer for layer in layers if layer.site is not None or layer.entry.arrived]
-            return [layer for layer in called if not layer.entry.left]
-        settled = self._agreement.settle(self.processes.replicas, layers, self._find_weights())
-        return [layer for layer in layers if layer.entry in settled]
-
-    def _find_weights(self) -> list[ParameterEntry]:
-        """List the weights that may be learned, called here or not: the same list on all processes."""
-        entries = [e for e in self._entries if not e.excluded and e.may_hold_weights]
-        return [e for e in entries if (p := e.parameter()) is not None and p.requires_grad]

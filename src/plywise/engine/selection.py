@@ -9,7 +9,7 @@ from torch.nn.modules import batchnorm, conv, instancenorm, rnn
 
 from plywise._util.checks import describe_kind, is_list
 from plywise.engine.explain import EXCLUDED, NOT_ASKED_FOR
-from plywise.engine.sites import ParameterEntry
+from plywise.engine.sites import Owner, ParameterEntry
 from plywise.errors import AttachError
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Iterable["Selector"]
@@ -109,10 +109,10 @@ def collect_parameters(
                     [],
                     may_scale="norm" in kinds,
                 )
-            entry.owners.append((layer, weakref.ref(module)))
+            entry.owners.append(Owner(layer, weakref.ref(module), attribute))
             _restrict(entry, layer, modules.get(layer, module), attribute, kinds, layers, exclude)
     for entry in entries.values():
-        owners = sorted({path for path, _ in entry.owners}, key=[p for p, _ in entry.owners].index)
+        owners = list(dict.fromkeys(owner.path for owner in entry.owners))
         if unshared_only and len(owners) > 1 and not entry.excluded:
             names = " and ".join(map(repr, owners[:2]))
             entry.excluded = f"its weight is shared by {names}: a statistic belongs to one layer"
@@ -150,14 +150,14 @@ def _restrict(
     elif why:
         entry.excluded = entry.excluded or why
     elif kind and kind not in kinds:
-        first, tied = entry.owners[0][0], f"its weight is tied with {path!r} ({type(module).__name__}), "
+        first, tied = entry.owners[0].path, f"its weight is tied with {path!r} ({type(module).__name__}), "
         reason = explain_kind(kind)
         entry.excluded = entry.excluded or (reason if first == path else tied + reason)
 
 
 def is_handled(entry: ParameterEntry, but: object = None) -> str | None:
     """Return the path of a module through which another attached rule than ``but`` handles this parameter."""
-    for path, ref in entry.owners:
+    for path, ref, _ in entry.owners:
         module = ref()
         for hook in () if module is None else module._forward_pre_hooks.values():
             capture = getattr(hook, "capture", None)

@@ -7,7 +7,7 @@ parts are used apart (attention's stacked projections) has one site for each par
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,19 @@ Part = tuple[int, tuple[int, ...], tuple[int, ...]]
 """A view of a parameter: offset, shape and strides."""
 
 
+class Owner(NamedTuple):
+    """A module that owns a parameter: its path, a weak reference to it, and the parameter's name there."""
+
+    path: str
+    module: weakref.ref[nn.Module]
+    key: str
+
+    def find(self) -> Tensor | None:
+        """Return what the module has under that name now."""
+        module = self.module()
+        return None if module is None else module._parameters.get(self.key)
+
+
 @dataclass(eq=False)
 class ParameterEntry:
     """One parameter of the model.
@@ -44,7 +57,7 @@ class ParameterEntry:
         layer: path of the module that owns it (the first one, if it is tied).
         attribute: its name in that module.
         parameter: weak reference to it.
-        owners: (path, weak reference to the module) of every module that owns it.
+        owners: every module that owns it.
         excluded: why the rule must not take it, or "".
         expected: the kind of map that its module is known to call, or "".
         may_scale: whether the rule takes it as the elementwise weight of a norm, should calls use it so.
@@ -57,13 +70,15 @@ class ParameterEntry:
         rests: whether its calls are left to autograd for now, since the step makes the update.
         arrived: whether a gradient has arrived, while it rests, since the last step.
         sharding: how fully_shard spreads it over processes, or None.
+        compares: whether gradients that arrive are compared with the answers, as in the first passes.
+        answer: the last backward pass in which calls of it were answered, and the sum of the answers.
     """
 
     name: str
     layer: str
     attribute: str
     parameter: weakref.ref[Tensor]
-    owners: list[tuple[str, weakref.ref[nn.Module]]]
+    owners: list[Owner]
     excluded: str = ""
     expected: str = ""
     may_scale: bool = False
@@ -77,6 +92,19 @@ class ParameterEntry:
     arrived: bool = False
     sharding: Sharding | None = None
     last: "tuple[LinearMap, Layout, int, Site] | None" = None
+    compares: bool = False
+    answer: tuple[int, Tensor] | None = None
+
+    def add_answer(self, answer: Tensor) -> None:
+        """Remember what the running backward pass sends to the parameter, if that is no part of it."""
+        parameter = self.parameter()
+        if parameter is None or answer.shape != parameter.shape:
+            self.compares, self.answer = False, None
+            return
+        task = torch._C._current_graph_task_id()
+        if self.answer is not None and self.answer[0] == task:
+            answer = self.answer[1] + answer
+        self.answer = task, answer
 
     @property
     def weight_name(self) -> str:
@@ -96,10 +124,22 @@ class ParameterEntry:
 
     def find_owner(self, module: nn.Module | None) -> tuple[str, nn.Module | None]:
         """Return path and module of the owner that ``module`` is; if it is none, those of the first owner."""
-        for path, ref in self.owners:
-            if module is not None and ref() is module:
-                return path, module
-        return self.layer, self.owners[0][1]()
+        for owner in self.owners:
+            if module is not None and owner.module() is module:
+                return owner.path, module
+        return self.layer, self.owners[0].module()
+
+    def follow_owners(self, now: "ParameterEntry") -> None:
+        """Take over the owners that the parameter has now: modules may have been tied, or untied, since."""
+        modules = {id(owner.module()) for owner in now.owners}
+        before = {id(owner.module()) for owner in self.owners}
+        if modules != before and modules & before:  # else a parametrization has moved it
+            self.name, self.layer, self.attribute = now.name, now.layer, now.attribute
+            self.owners, self.last = now.owners, None
+            kept = {key: site for key, site in self.sites.items() if id(site.module) in modules}
+            if len(modules) == 1:  # then keys name no owner
+                kept = {(*key[:2], None, *key[3:]): site for key, site in kept.items()}
+            self.sites = kept
 
     @property
     def dimensions(self) -> int:

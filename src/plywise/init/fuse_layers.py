@@ -230,7 +230,6 @@ def _shape_inputs(fused: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _find_ends(run: nn.Sequential) -> tuple[nn.Linear | _ConvNd, nn.Linear | _ConvNd]:
-    """Find the first and the last layer."""
     layers = [part for part in _list_chain(run) if isinstance(part, nn.Linear | _ConvNd)]
     if not layers:
         raise PlywiseError("fuse_layers: there is no Linear or convolution in this run.")

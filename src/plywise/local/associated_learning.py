@@ -251,7 +251,7 @@ class AssociatedLearning(OneWayLearner):
 
     def as_module(self, depth: int | None = None) -> nn.Module:
         """The path of inference; with ``depth``, the shortcut through the first ``depth`` components."""
-        return AssociatedPath(self._components[: len(self._components) if depth is None else depth])
+        return AssociatedPath(self._components[:depth])
 
 
 class AssociatedPath(nn.Module):
@@ -265,8 +265,7 @@ class AssociatedPath(nn.Module):
 
     def forward(self, x: Batch) -> Tensor:
         """Scores (N, C), in the first decoder's range."""
-        scores: Tensor = self.decoders(self.bridge(hide_padding(self.blocks(x), x)))
-        return scores
+        return self.decoders(self.bridge(hide_padding(self.blocks(x), x)))
 
 
 def _list_bridges(bridge: MakeBridge | Sequence[MakeBridge], blocks: int) -> list[MakeBridge]:

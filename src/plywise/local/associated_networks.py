@@ -151,8 +151,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, before, H, W) to (B, after, H/stride, W/stride)."""
-        result: Tensor = self.activation(self.body(x) + self.skip(x))
-        return result
+        return self.activation(self.body(x) + self.skip(x))
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

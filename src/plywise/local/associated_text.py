@@ -53,8 +53,7 @@ class MeanOverTokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, width) to (B, width)."""
-        mean: Tensor = x.sum(1) / (x != 0).sum(1).clamp(min=1)
-        return mean
+        return x.sum(1) / (x != 0).sum(1).clamp(min=1)
 
 
 class LastToken(nn.Module):

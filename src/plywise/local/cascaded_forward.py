@@ -186,7 +186,7 @@ class CascadedForward(OneWayLearner):
 
     def as_module(self, depth: int | None = None) -> nn.Module:
         """The sum over the first ``depth`` blocks, or all; ridge heads with the weights of this moment."""
-        return CascadedPath(self._components[: len(self._components) if depth is None else depth])
+        return CascadedPath(self._components[:depth])
 
 
 class CascadedPath(nn.Module):

@@ -311,8 +311,7 @@ def _old_content(path: Path, name: str) -> bytes:
             wrong = archive.testzip()
         if wrong is not None:
             raise _DamagedError(f"{name}/{file.name} does not fit its checksum")
-        blob: bytes = torch.load(file, weights_only=True).numpy().tobytes()
-        return blob
+        return torch.load(file, weights_only=True).numpy().tobytes()
     except _DamagedError:
         raise
     except Exception as error:  # zipfile's, pickle's, and torch's, which differ from release to release

@@ -31,8 +31,7 @@ class Signal:
 
     def through(self, block: nn.Module) -> Tensor:
         """Return the block's output for these activations."""
-        output: Tensor = block(self.s) if self.carried is None else block(self.s, self.carried)
-        return output
+        return block(self.s) if self.carried is None else block(self.s, self.carried)
 
     def detached(self) -> "Signal":
         """This signal without a graph: no gradient crosses from one component to the one before."""

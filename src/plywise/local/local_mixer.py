@@ -71,8 +71,7 @@ class MixerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, patches) to the same."""
-        result: Tensor = self.relu(self.groups(self.channels(self.tokens(x))) + x)
-        return result
+        return self.relu(self.groups(self.channels(self.tokens(x))) + x)
 
 
 def average_head(shape: torch.Size, num_classes: int) -> nn.Module:

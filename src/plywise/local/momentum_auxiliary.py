@@ -40,8 +40,7 @@ class MomentumHead(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         """Scores of the classes."""
-        scores: Tensor = self.head(self.learned(s) + self.slow(s))
-        return scores
+        return self.head(self.learned(s) + self.slow(s))
 
     @torch.no_grad()
     def follow(self, ahead: nn.Module, momentum: float) -> None:

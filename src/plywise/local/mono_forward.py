@@ -97,8 +97,7 @@ class MonoForward(OneWayLearner):
 
     def as_module(self, depth: int | None = None) -> nn.Module:
         """The network that predicts; with ``depth``, from the first ``depth`` blocks."""
-        components = self._components[: len(self._components) if depth is None else depth]
-        return VotingPath(components, self._votes == "all")
+        return VotingPath(self._components[:depth], self._votes == "all")
 
 
 class VotingPath(nn.Module):

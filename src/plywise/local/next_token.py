@@ -229,7 +229,7 @@ class LocalNextToken(OneWayLearner):
 
     def as_module(self, depth: int | None = None) -> nn.Module:
         """The network that predicts; with ``depth``, from the first ``depth`` blocks and the head behind."""
-        return TokenPath(self._components[: len(self._components) if depth is None else depth])
+        return TokenPath(self._components[:depth])
 
 
 class TokenPath(nn.Module):
@@ -246,8 +246,7 @@ class TokenPath(nn.Module):
         s: Tensor = self.blocks(x)
         if self.readout is None:
             return s
-        scores: Tensor = self.readout(s, None if self.table is None else self.table.weight)
-        return scores
+        return self.readout(s, None if self.table is None else self.table.weight)
 
 
 def _make_readout(head: MakeTokenHead, shape: torch.Size, scores: int, tied: nn.Embedding | None) -> Readout:

@@ -32,8 +32,7 @@ class MeanProjection(MeanLinear):
 
     def forward(self, s: Tensor, mask: Tensor | None = None) -> Tensor:
         """Projections (N, 128) of activations (N, ..., d); of the positions in ``mask``, if it is given."""
-        projected: Tensor = self.last(super().forward(s, mask).relu())
-        return projected
+        return self.last(super().forward(s, mask).relu())
 
 
 def contrastive_loss(z: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:

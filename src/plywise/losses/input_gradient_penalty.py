@@ -1,7 +1,5 @@
 """input_gradient_penalty: penalise the gradient of the loss with respect to the input."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -142,5 +140,4 @@ def _compute_norms(gradient: Tensor, order: float) -> Tensor:
     """Compute the norm of the gradient of each sample, (N,)."""
     if not (isinstance(order, int | float) and not isinstance(order, bool) and order >= 1):
         raise ValueError(f"input_gradient_penalty: order must be a number of at least 1, not {order!r}.")
-    norms: Tensor = torch.linalg.vector_norm(gradient.flatten(1), order, dim=1)
-    return norms
+    return torch.linalg.vector_norm(gradient.flatten(1), order, dim=1)

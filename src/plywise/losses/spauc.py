@@ -1,7 +1,5 @@
 """SPAUC: a linear classifier that maximises the AUC, from samples that arrive one at a time."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any, Self
 

@@ -1,7 +1,5 @@
 """AdaptiveActivation: activations with a trainable slope."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

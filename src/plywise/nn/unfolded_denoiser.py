@@ -235,5 +235,4 @@ class UnfoldedDenoiser(nn.Module):
                 "UnfoldedDenoiser: sigma must be a number of at least 0, or one for each of the "
                 f"{len(noisy)} images, not {sigma!r}."
             )
-        images: Tensor = self.scheme(noisy, level.square().reshape(-1, 1, 1, 1), self.operators.make_layers())
-        return images
+        return self.scheme(noisy, level.square().reshape(-1, 1, 1, 1), self.operators.make_layers())

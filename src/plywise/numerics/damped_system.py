@@ -71,7 +71,7 @@ class DampedSystem:
         right: right-hand sides (g, k, c).
         diagonal: the diagonal of the Gram without λ, (g, k).
         energy: the diagonal (g, k) before something was subtracted from the Gram. Rounding is relative
-            to it. Otherwise it is the same as ``diagonal``.
+            to it. Otherwise it is the same as ``diagonal``, where that is not negative.
         shift: λ, a number or a tensor (g, 1) or (1, 1).
         dual: whether the caller multiplies the answer by the transposed rows.
         norm: the norm (g,) of the Gram before something was subtracted from it; None otherwise.
@@ -105,8 +105,9 @@ class DampedSystem:
         """
         shift = as_column(damping, gram)
         diagonal = gram.diagonal(dim1=1, dim2=2)
-        energy, norm = diagonal.clone(), None
-        before = energy
+        # a negative square length is the rounding of what was subtracted: of 1 / eps times as much, at least
+        energy, norm = torch.maximum(diagonal, diagonal * (-1 / torch.finfo(gram.dtype).eps)), None
+        before = diagonal.clone()
         if subtract is not None:
             norm = torch.linalg.vector_norm(gram.flatten(1), dim=1)
             gram.baddbmm_(subtract[0].unsqueeze(2), subtract[1].unsqueeze(1), alpha=-1)

@@ -128,8 +128,7 @@ class StackedOptimizer(PlainOptimizer):
         if found is None or found[0] != key or not all(map(self._is_current, found[1])):
             found = known[id(group)] = key, self._make_stacks(group, params)
             self.arrange(group, found[1])
-        stacks: list[Stack] = found[1]
-        return stacks
+        return found[1]
 
     def _is_current(self, stack: Stack) -> bool:
         name = next(iter(stack.state))

@@ -60,8 +60,7 @@ class Connections:
                 f"{what[0].upper()}{what[1:]} came where a gradient of batch {step} was due.",
                 see="pipeline-batch",
             )
-        gradient: Tensor = signal.s
-        return gradient
+        return signal.s
 
     def end(self) -> None:
         """Tell the neighbours that nothing follows, and wait until everything has arrived."""

@@ -4,8 +4,6 @@ The docstring is the only source. The command line, the documentation and the te
 nothing is written twice.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import textwrap
@@ -144,7 +142,6 @@ def _get_status_word(status: str) -> str:
 
 
 def _split_sections(docstring: str) -> dict[str, list[str]]:
-    """Split a docstring into its sections."""
     sections: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in docstring.splitlines():

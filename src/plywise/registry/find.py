@@ -50,8 +50,7 @@ def find(name: str) -> Callable[..., Any]:
         >>> find("associatedlearning").__name__
         'AssociatedLearning'
     """
-    found: Callable[..., Any] = _load(find_name(name, tuple(_MODULES), "method"))
-    return found
+    return _load(find_name(name, tuple(_MODULES), "method"))
 
 
 def find_rule(name: str) -> type[Rule]:
@@ -64,8 +63,7 @@ def find_rule(name: str) -> type[Rule]:
         >>> find_rule("proxprop").__name__
         'ProxProp'
     """
-    rule: type[Rule] = _load(find_name(name, RULES, "rule"))
-    return rule
+    return _load(find_name(name, RULES, "rule"))
 
 
 def find_learner(name: str) -> type[Learner]:
@@ -78,8 +76,7 @@ def find_learner(name: str) -> type[Learner]:
         >>> find_learner("localloss").__name__
         'LocalLoss'
     """
-    learner: type[Learner] = _load(find_name(name, LEARNERS, "learner"))
-    return learner
+    return _load(find_name(name, LEARNERS, "learner"))
 
 
 def find_name(name: str, names: tuple[str, ...], kind: str) -> str:

@@ -5,8 +5,6 @@ plywise.registry.stub``, which writes the names for type checkers. This module i
 anything of plywise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,8 +5,6 @@ refuses the same names. The arena's methods, which are made of these, are found 
 `plywise.arena.methods.find_method`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -128,7 +126,8 @@ def resolve_parts(address: str, reading: Reading = AS_EVER) -> Parts:
     if address not in WORKLOAD_MODULES:
         return read_parts(address, reading)
     module = import_module(f"plywise.{WORKLOAD_MODULES[address]}")
-    return Parts(vars(module.WORKLOADS[address].make_data()))
+    workload = next(one for one in module.WORKLOADS if one.name == address)
+    return Parts(vars(workload.make_data()))
 
 
 def resolve_data(address: str, reading: Reading = AS_EVER) -> OwnData:

@@ -3,8 +3,6 @@
 Run it when the table `plywise.registry.names` has changed: ``python -m plywise.registry.stub``.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from pathlib import Path
 

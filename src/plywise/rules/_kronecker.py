@@ -27,6 +27,7 @@ from plywise.numerics.inverse_roots import Relative, Solver, compute_inverse_roo
 from plywise.numerics.low_rank import (
     LowRankRoot,
     compute_low_rank_root,
+    measure_square_gain,
     multiply_by_root,
     multiply_rows_by_root,
 )
@@ -177,7 +178,9 @@ class KroneckerRule(StatefulRule):
             root: Root | None
             if rank is None:
                 mean = statistic / count if self.statistic == "mean" else statistic
-                root = compute_inverse_root(mean, power, self.damping, self.relative_to, self.solver, note)
+                root = compute_inverse_root(
+                    mean, power, self.damping, self.relative_to, self.solver, note, memory["rows"]
+                )
             else:
                 start = last.vectors if isinstance(last, LowRankRoot) else None
                 root = compute_low_rank_root(
@@ -218,6 +221,14 @@ class KroneckerRule(StatefulRule):
             return gradients, {}
         matrices = gradients.flatten(0, 1)
         return _multiply_between(matrices, _flatten(left), _flatten(right)).reshape(gradients.shape), {}
+
+    def measure_amplification(self, memory: State) -> Tensor | None:
+        """Return the root mean square of the gains of ``L^-p`` and ``R^-q`` over all directions."""
+        roots = [root for root in (get_root(memory, "output"), get_root(memory, "input")) if root is not None]
+        if not roots:
+            return None
+        gains = torch.stack([measure_square_gain(root) for root in roots]).prod(0)  # (layers, groups)
+        return gains.mean(1).sqrt()
 
     @property
     def keeps_norm(self) -> bool:

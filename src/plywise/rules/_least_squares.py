@@ -24,6 +24,7 @@ from torch import Tensor
 
 from plywise.engine import health
 from plywise.engine.call import LinearCall, Update
+from plywise.engine.finite import is_precise
 from plywise.numerics.least_squares import (
     CentredSystem,
     find_power_of_two,
@@ -45,6 +46,9 @@ LARGEST_OFFSET = {torch.float32: 1e4, torch.float64: 1e20}
 
 MOST_CANCELLED = 20.0
 """How many times as large as an update what its bias is the difference of may be, in float32."""
+
+MOST_ROUNDED = 2e-5
+"""The largest relative error of an update that the rounding of Y to float32 may make."""
 
 ORDINARY = 1e-16, 1e16
 """Energies of rows between which a row's δ over its squared norm stays in the range of float32."""
@@ -196,7 +200,16 @@ def _join(call: LinearCall, x: Tensor, bias: Tensor) -> Update:
 
 
 def _expand_with_bias(call: LinearCall, centred: Centred, y: Tensor, bias: Tensor) -> Update:
-    """``X = CᵀY + mean bᵀ`` of a dual solution."""
+    """``X = CᵀY + mean bᵀ`` of a dual solution: in float32, where to round Y changes X little."""
+    if y.dtype != call.dtype:
+        narrow = y.to(call.dtype)
+        update = _expand_with_bias(call, centred, narrow, bias.to(call.dtype))
+        rows, mean = centred(call.dtype)
+        sizes = torch.stack(torch._foreach_norm([rows, narrow, call.matrix(update)])).tolist()
+        error = sizes[0] * sizes[1] * torch.finfo(call.dtype).eps / 2
+        fits = all(map(is_precise, sizes)) and error <= MOST_ROUNDED * sizes[2]
+        if fits and not _is_lost(call, update, rows, mean):
+            return update
     x = _multiply_centred(call, centred, y)
     mean = centred(y.dtype)[1] if call.map.rows_are_inputs else call.mean_row(y.dtype)
     matrix = x.reshape(call.groups, call.outputs, -1).baddbmm_(bias.unsqueeze(2), mean.unsqueeze(1))

@@ -11,13 +11,20 @@ from plywise.engine.contract import ROUNDING_ERROR, Evidence, LayerShape, Shapes
 from plywise.engine.explain import Size
 from plywise.engine.finite import measure_norms
 from plywise.engine.rule import StatefulRule, require_positive
+from plywise.numerics.precise_matrix import multiply_precisely, subtract_outer_product
 from plywise.rules._kronecker import precondition_gradient
 
 LARGEST_ENERGY = 1e4
 """Largest κ ū·Pū. A correction cancels all of P but one part in this, and float32 has seven digits."""
 
+LARGEST_LOSS = 100.0
+"""Largest κ ‖ū‖² max P up to which P is corrected in float32: 300 steps leave errors of 10⁻⁵ at most."""
+
 PRODUCT_ROUNDING = 1.0
 """Errors of P and of products with it, in units of the precision of P's largest entry."""
+
+SUM_ROUNDING = 0.3
+"""Errors of G, in units of the precision of ``√n ‖Δ‖ ‖ū‖``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +58,9 @@ class RLS(StatefulRule):
     Limits: with λ < 1, P grows along directions that no input has any more (wind-up); its trace is held below
         k/δ. Where κ ū·Pū exceeds 10⁴, δ is raised until it does not; otherwise P would consist of rounding
         errors. In float32 updates are precise to 10⁻⁷ κ ū·Pū, relative to their size (up to 2·10⁻³);
-        ``rule.health`` counts those that may be off by more than 10⁻⁴. Centre inputs that have a large
-        offset. The optimizer's rate is the paper's η; our gradient is that of the
+        ``rule.health`` counts those that may be off by more than 10⁻⁴. Errors of P
+        itself do not add up: P is corrected in float64 where inputs have an offset. Centre inputs that have a
+        large offset. The optimizer's rate is the paper's η; our gradient is that of the
         mean loss.
 
     Args:
@@ -86,6 +94,8 @@ class RLS(StatefulRule):
 
     acts_alone: ClassVar[bool] = True
 
+    later_statistics: ClassVar[frozenset[str]] = frozenset({"inverse.rest"})
+
     def update(self, call: LinearCall) -> Update:
         """Return ``G P`` of the steps before, divided by the call's own ``h`` if no step does that."""
         if call.memory:
@@ -94,8 +104,8 @@ class RLS(StatefulRule):
             move = call.gradient().scaled(1 / self.ridge, 1 / self.ridge)
         if call.waits:
             return move
-        _, _, energy, fit = self._measure(call.memory, self.gather(call.counted or call, 0))
-        h = (self.forgetting + energy * fit) / fit
+        _, energy, fit = self._measure(call.memory, self.gather(call.counted or call, 0))
+        h = ((self.forgetting + energy * fit) / fit).to(call.dtype)
         if call.groups == 1:
             return move.scaled(1 / h, 1 / h)
         return call.update(call.matrix(move) / h.reshape(-1, 1, 1))
@@ -110,12 +120,17 @@ class RLS(StatefulRule):
         return {"rows": rows, "sum": sums, "rounding": self._estimate_rounding(call, sums / rows)}
 
     def _estimate_rounding(self, call: LinearCall, mean: Tensor) -> Tensor:
-        """The error of ``G P`` and its norm: P all but cancels the part ``Δᵀ1 ū`` of G, and is rounded."""
+        """The error of ``G P`` and its norm: P all but cancels the part ``Δᵀ1 ū`` of G. Both are rounded."""
         if call.answer is None or call.answer.weight is None:
             return mean.new_zeros(2)
         parts = [part for part in (call.answer.weight, call.answer.bias) if part is not None]
-        total, length, *sizes = measure_norms([call.map.bias_gradient(call.delta), mean, *parts]).double()
-        error = total * length * self._measure_unit(call.memory, mean)
+        numbers = [call.map.bias_gradient(call.delta), call.delta, mean, *parts]
+        total, delta, length, *sizes = measure_norms(numbers).double()
+        error = (
+            torch.hypot(total, SUM_ROUNDING * call.row_count**0.5 * delta)
+            * length
+            * self._measure_unit(call.memory, mean)
+        )
         return torch.stack([error, torch.stack(sizes).norm()]).to(mean)
 
     def _measure_unit(self, memory: State, like: Tensor) -> Tensor | float:
@@ -126,21 +141,24 @@ class RLS(StatefulRule):
         return _read_diagonal(memory["inverse"]).amax().double() * unit
 
     def learn(self, memory: State, evidence: Evidence) -> State:
-        """The rank-one correction of P."""
-        inverse, image, energy, fit = self._measure(memory, evidence)
-        size = inverse.shape[1]
-        inverse, image = inverse * fit.reshape(-1, 1, 1), image * fit.unsqueeze(1)
-        h = self.forgetting + energy * fit
-        before = _read_diagonal(inverse) / self.forgetting
-        step = image * (self.gain / (h * self.forgetting)).sqrt().unsqueeze(1)
-        inverse = torch.baddbmm(
-            inverse, step.unsqueeze(2), step.unsqueeze(1), beta=1 / self.forgetting, alpha=-1
-        )
+        """The rank-one correction of P.
+
+        P keeps what it rounds. Where inputs have an offset, float32 would soon hold little but rounding
+        errors: there, P is corrected in float64, and what float32 cannot hold of it is a second matrix.
+        """
+        image, energy, fit = self._measure(memory, evidence)
+        matrix, rest = self._read_inverse(memory, evidence["sum"])
+        size, h = matrix.shape[1], self.forgetting + energy * fit
+        factor = fit / self.forgetting
+        step = image * (fit * (self.gain / (h * self.forgetting)).sqrt()).unsqueeze(1)
+        before = (_read_diagonal(matrix) + _read_diagonal(rest).to(step)) * factor.unsqueeze(1)
+        after = before - step.square()
         if self.forgetting < 1:
-            trace = inverse.diagonal(dim1=1, dim2=2).sum(1)
-            inverse = inverse * (size / self.ridge / trace).clamp(max=1).reshape(-1, 1, 1)
-        error = self._add_up_rounding(memory, evidence, fit / h, before / _read_diagonal(inverse))
-        return {"inverse": inverse, "h": h / fit, ROUNDING_ERROR: error}
+            held = (size / self.ridge / after.sum(1)).clamp(max=1)
+            factor, step, after = factor * held, step * held.sqrt().unsqueeze(1), after * held.unsqueeze(1)
+        error = self._add_up_rounding(memory, evidence, fit / h, before / after)
+        matrix, rest = subtract_outer_product(matrix, rest, factor, step)
+        return {"inverse": matrix, "inverse.rest": rest, "h": (h / fit).to(matrix), ROUNDING_ERROR: error}
 
     def _add_up_rounding(
         self, memory: State, evidence: Evidence, fit_over_h: Tensor, losses: Tensor
@@ -154,24 +172,41 @@ class RLS(StatefulRule):
             losses: the diagonal of P before the correction, over that after it.
         """
         mean = (evidence["sum"] / evidence["rows"]).double()
-        of_h = self.gain * mean.square().sum(1) * fit_over_h * self._measure_unit(memory, evidence["sum"])
+        of_h = self.gain * mean.square().sum(1) * fit_over_h * self._measure_unit(memory, losses)
         error, size = evidence["rounding"].double()
         of_inverse = losses.max() * PRODUCT_ROUNDING * torch.finfo(losses.dtype).eps
         return of_h.max() + torch.where(size > 0, error / size, 0) + of_inverse
 
-    def _measure(self, memory: State, evidence: Evidence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """P, Pū, κ ū·Pū, and by what P has to be multiplied before it is corrected."""
+    def _measure(self, memory: State, evidence: Evidence) -> tuple[Tensor, Tensor, Tensor]:
+        """Pū, κ ū·Pū, and by what P has to be multiplied before it is corrected."""
         mean = evidence["sum"] / evidence["rows"]  # ū, (g, k)
-        groups, size = mean.shape
-        inverse = memory.get("inverse")
-        if inverse is None:
-            inverse = (torch.eye(size, dtype=mean.dtype, device=mean.device) / self.ridge).expand(
-                groups, size, size
-            )
-        image = (inverse @ mean.unsqueeze(2)).squeeze(2)
+        matrix, rest = self._read_inverse(memory, mean)
+        if self._needs_float64(matrix, mean):
+            mean = mean.double()
+        image = multiply_precisely(matrix, rest, mean)
         energy = self.gain * (mean * image).sum(1).clamp_min(0)
         # inputs so large that ū would leave nothing of P but rounding: as if δ had been larger
-        return inverse, image, energy, (LARGEST_ENERGY / energy).clamp_max(1)
+        return image, energy, (LARGEST_ENERGY / energy).clamp_max(1)
+
+    def _needs_float64(self, matrix: Tensor, mean: Tensor) -> bool:
+        """Whether rounding errors of P would add up: what ū leaves of it is far below its largest entry."""
+        if mean.dtype == torch.float64 or mean.device.type == "mps":  # which has no float64
+            return False
+        if mean.device.type != "cpu":
+            return True  # to look would be to wait
+        loss = self.gain * mean.square().sum(1) * _read_diagonal(matrix).amax(1)
+        return bool((loss > LARGEST_LOSS).any())
+
+    def _read_inverse(self, memory: State, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """P, and what its dtype cannot hold of it."""
+        if "inverse" in memory:
+            rest = memory.get("inverse.rest")
+            return memory["inverse"], torch.zeros_like(memory["inverse"]) if rest is None else rest
+        groups, size = sums.shape
+        start = torch.eye(size, dtype=torch.float64, device="cpu") / self.ridge
+        matrix = start.to(sums)
+        rest = (start - matrix.to(start)).to(sums)
+        return matrix.expand(groups, size, size), rest.expand(groups, size, size)
 
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
         """Always: the step corrects P after the update."""
@@ -186,12 +221,13 @@ class RLS(StatefulRule):
         return {"rows": (), "sum": (shape.groups, shape.columns), "rounding": (2,)}
 
     def learned_shapes(self, shape: LayerShape) -> Shapes:
-        """P, and what the last update was divided by."""
-        return {"inverse": (shape.groups, shape.columns, shape.columns), "h": (shape.groups,)}
+        """P, what its dtype cannot hold of it, and what the last update was divided by."""
+        square = (shape.groups, shape.columns, shape.columns)
+        return {"inverse": square, "inverse.rest": square, "h": (shape.groups,)}
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
         """The correction of P, and the product with it."""
-        return size.g * (6.0 * size.d**2 + 2.0 * size.d**2 * min(size.n, size.m)), float(size.g * size.d**2)
+        return size.g * (6.0 * size.d**2 + 2.0 * size.d**2 * min(size.n, size.m)), 2.0 * size.g * size.d**2
 
 
 def _read_diagonal(matrices: Tensor) -> Tensor:

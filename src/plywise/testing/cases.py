@@ -1,7 +1,5 @@
 """Descriptions of the rules and learners that the contract checks."""
 
-from __future__ import annotations
-
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Runs the tests of the contract on a user's rule or learner."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import multiprocessing

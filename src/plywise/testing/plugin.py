@@ -1,7 +1,5 @@
 """A plugin of pytest that runs the tests of the contract on rules and learners."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

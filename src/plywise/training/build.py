@@ -181,7 +181,6 @@ def _resolve_data(config: TrainConfig, folder: Path | None) -> TrainingData:
 
 
 def _list_blocks(config: TrainConfig, made: Any) -> list[nn.Module]:
-    """The blocks that the user's function has made."""
     modules = list(made) if isinstance(made, nn.ModuleList | list | tuple) else [made]
     if wrong := [type(module).__name__ for module in modules if not isinstance(module, nn.Module)]:
         raise AddressError(

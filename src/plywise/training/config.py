@@ -1,7 +1,5 @@
 """The configuration of a training, from a TOML file, from flags, or from a run's folder."""
 
-from __future__ import annotations
-
 import ast
 import json
 import math
@@ -227,22 +225,25 @@ def _settings(name: str, value: Any) -> dict[str, Any]:
         return dict(value)
     if isinstance(value, str) or not isinstance(value, Iterable):
         _refuse(name, "a table, or a list of name=value", value)
-    read = {}
-    for word in value:
+    return parse_settings(_flag(name), f"--{_flag(name)} code=64", value)
+
+
+def parse_settings(flag: str, example: str, words: Iterable[Any]) -> dict[str, Any]:
+    """Values by name of words of the form name=value: Python literals, or the texts themselves.
+
+    Raises:
+        PlywiseError: a word has no "="; the message names the flag and the example.
+    """
+    read: dict[str, Any] = {}
+    for word in words:
         key, equals, text = str(word).partition("=")
         if not equals:
-            flag = _flag(name)
-            raise CommandError(f"{flag} needs name=value, as in --{flag} code=64, not {word!r}.")
-        read[key] = literal(text)
+            raise CommandError(f"{flag} needs name=value, as in {example}, not {word!r}.")
+        try:
+            read[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            read[key] = text
     return read
-
-
-def literal(text: str) -> Any:
-    """A Python literal, or the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:

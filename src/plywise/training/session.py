@@ -279,7 +279,6 @@ class Session:
 
     @property
     def _kept(self) -> str:
-        """Say for an error which checkpoint remains."""
         if self._saved is None:
             return ""
         return f" The checkpoint of step {self._saved} in {self.folder.checkpoints} stays."

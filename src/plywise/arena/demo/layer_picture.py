@@ -1,7 +1,5 @@
 """Measures how large backward values are, layer by layer: the observation behind back-matching."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

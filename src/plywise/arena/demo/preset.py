@@ -1,7 +1,5 @@
 """`plywise demo` is a bench: one workload, settings that have been tuned before, and a sweep over rates."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """What `plywise demo` compares: methods of the arena, with numbers that have been tuned before."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

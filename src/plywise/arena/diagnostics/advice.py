@@ -5,8 +5,6 @@ that is, on small networks for classification. For other networks the advice say
 bench that would decide.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import dataclass
@@ -158,7 +156,6 @@ def _about_silence(diagnosis: Diagnosis) -> list[Advice]:
 
 
 def _about_width(diagnosis: Diagnosis) -> list[Advice]:
-    """Advise on layers that are too wide for their inputs."""
     wide = [layer for layer in _list_measured(diagnosis) if layer.read and _is_too_wide(layer, layer.read)]
     if not wide:
         return []
@@ -273,7 +270,6 @@ def _describe_worst(layers: list[LayerDiagnosis]) -> str:
 
 
 def _advise_nothing(diagnosis: Diagnosis, subject: str) -> Advice:
-    """Say that nothing is unusual."""
     layers = _list_measured(diagnosis)
     if not layers:
         kinds = ", ".join(sorted({one.type for one in diagnosis.left})) or "nothing"

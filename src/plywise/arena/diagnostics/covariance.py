@@ -1,7 +1,5 @@
 """Statistics of a layer's inputs: a running covariance, and how uneven it is."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Examines a model's layers for a few batches: their backward values and their inputs."""
 
-from __future__ import annotations
-
 import copy
 import math
 import statistics
@@ -215,7 +213,7 @@ def _find_layers(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """Name, module and, for those that are not looked at, the reason, of each module with parameters."""
     found: dict[str, tuple[str, nn.Module, str]] = {}
     for entry in collect_parameters(model, frozenset(("linear", "conv"))):
-        for path, ref in entry.owners:
+        for path, ref, _ in entry.owners:
             module = ref()
             assert module is not None
             looked_at = entry.attribute == "weight" and entry.expected and not entry.excluded

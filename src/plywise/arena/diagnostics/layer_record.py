@@ -1,7 +1,5 @@
 """Gathers what a diagnosis says about one layer, batch by batch."""
 
-from __future__ import annotations
-
 import math
 import statistics
 

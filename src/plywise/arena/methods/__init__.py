@@ -90,8 +90,7 @@ def find_method(name: str) -> Method:
         return make_recommended()
     if found in _HOMES:
         home = importlib.import_module(f"{__name__}.{_HOMES[found]}")
-        method: Method = home.METHODS[found]
-        return method
+        return next(one for one in home.METHODS if one.name == found)
     if found:
         from plywise.arena.methods.peers import wrap_peer
 
@@ -104,7 +103,6 @@ def find_method(name: str) -> Method:
 
 
 def _load_method(address: str) -> Method:
-    """Make a method of the object at a user's address."""
     from plywise._util.import_path import load
     from plywise.arena.method import wrap_class
     from plywise.arena.methods.rules import wrap_rule

@@ -1,7 +1,5 @@
 """plywise's local learners as methods."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import warnings

@@ -1,7 +1,5 @@
 """Says for each method of plywise where it is in the arena: a method, a workload, or why it is neither."""
 
-from __future__ import annotations
-
 from plywise.errors import PlywiseError
 from plywise.registry.names import NAMES
 

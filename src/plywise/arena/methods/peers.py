@@ -1,7 +1,5 @@
 """The established optimizers that everything is compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,7 +99,7 @@ def shampoo(
     parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, every: int = 25
 ) -> Optimizer:
     """Shampoo grafted onto SGD, its roots from every 25th step (its default, 1000, is more than a run)."""
-    made: Optimizer = _import_package("shampoo").ScalableShampoo(
+    return _import_package("shampoo").ScalableShampoo(
         parameters,
         lr=lr,
         betas=(0.9, 0.999),
@@ -109,17 +107,15 @@ def shampoo(
         start_preconditioning_step=every,
         preconditioning_compute_steps=every,
     )
-    return made
 
 
 def schedule_free(
     parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, warmup_steps: int = 0
 ) -> Optimizer:
     """Schedule-free AdamW: its rate stays, and what is evaluated is a mean of the iterates."""
-    made: Optimizer = _import_package("schedule-free").ScheduleFreeAdamW(
+    return _import_package("schedule-free").ScheduleFreeAdamW(
         parameters, lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps
     )
-    return made
 
 
 class Averaged(EndToEnd):

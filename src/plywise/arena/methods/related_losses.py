@@ -1,7 +1,5 @@
 """Losses of the related papers as methods: added to a task's loss, or in its place."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -150,37 +148,34 @@ def _train_proximal(setting: TrialContext) -> Trainer:
     return NearItself(setting.model, optimizer, setting.task.loss, scheduler, reach=reach)
 
 
-METHODS = {
-    method.name: method
-    for method in (
-        Method(
-            "auc-margin",
-            "The AUC margin loss on SGD with Nesterov momentum, in place of the task's loss",
-            {**GRADIENT_SIZED, "lr": Range(1e-4, 0.1, 0.01)},  # larger ones end with equal scores
-            _train_for_auc,
-            refuses=unranked,
-        ),
-        Method(
-            "coda",
-            "CoDA with one worker: the AUC's min-max loss in stages",
-            {"lr": Range(1e-3, 1.0, 0.1), "gamma": Range(1.0, 1e4, 400.0)},
-            _train_coda,
-            refuses=unranked,
-        ),
-        Method(
-            "input-gradient-penalty",
-            "SGD with Nesterov momentum on the loss and the 1-norm of its gradient by the inputs",
-            {"lr": GRADIENT_SIZED["lr"], "strength": Range(1e-4, 1.0, 0.01)},
-            _train_flat,
-            gradients=2.0,
-            refuses=not_by_sample,
-        ),
-        Method(
-            "wasserstein-proximal",
-            "Three steps of AdamW on each batch, with a proximal term on the network's outputs",
-            {"lr": unit_sized(1e-3)["lr"], "reach": Range(0.1, 1e3, 10.0)},
-            _train_proximal,
-            gradients=INNER,
-        ),
-    )
-}
+METHODS = (
+    Method(
+        "auc-margin",
+        "The AUC margin loss on SGD with Nesterov momentum, in place of the task's loss",
+        {**GRADIENT_SIZED, "lr": Range(1e-4, 0.1, 0.01)},  # larger ones end with equal scores
+        _train_for_auc,
+        refuses=unranked,
+    ),
+    Method(
+        "coda",
+        "CoDA with one worker: the AUC's min-max loss in stages",
+        {"lr": Range(1e-3, 1.0, 0.1), "gamma": Range(1.0, 1e4, 400.0)},
+        _train_coda,
+        refuses=unranked,
+    ),
+    Method(
+        "input-gradient-penalty",
+        "SGD with Nesterov momentum on the loss and the 1-norm of its gradient by the inputs",
+        {"lr": GRADIENT_SIZED["lr"], "strength": Range(1e-4, 1.0, 0.01)},
+        _train_flat,
+        gradients=2.0,
+        refuses=not_by_sample,
+    ),
+    Method(
+        "wasserstein-proximal",
+        "Three steps of AdamW on each batch, with a proximal term on the network's outputs",
+        {"lr": unit_sized(1e-3)["lr"], "reach": Range(0.1, 1e3, 10.0)},
+        _train_proximal,
+        gradients=INNER,
+    ),
+)

@@ -1,7 +1,5 @@
 """Layers, initialisations and decision stages of the related papers as methods, on SGD with momentum."""
 
-from __future__ import annotations
-
 import copy
 from collections import deque
 from collections.abc import Callable
@@ -203,44 +201,41 @@ def without_classes(workload: Workload) -> str:
     return "a decision stage decides on samples, and here each token has a class" * workload.labels_tokens
 
 
-METHODS = {
-    method.name: method
-    for method in (
-        Method(
-            "adaptive-activations",
-            "SGD with Nesterov momentum, a trainable slope for each activation module",
-            {**GRADIENT_SIZED, "lr": Range(1e-3, 1.0, 0.03)},
-            _train_adaptive,
-            refuses=unless(_add_slopes),
-        ),
-        Method(
-            "slope-recovery",
-            "Adaptive activations, and a term in the loss that pushes slopes up",
-            {"lr": Range(1e-3, 1.0, 0.01), "recovery": Range(1e-3, 10.0, 0.1)},
-            _train_recovering,
-            refuses=unless(_add_slopes),
-        ),
-        Method(
-            "threshold",
-            "SGD with Nesterov momentum, each activation 0 or 1, straight-through (clipped ReLU)",
-            GRADIENT_SIZED,
-            _make_threshold,
-            refuses=unless(_add_thresholds),
-        ),
-        Method(
-            "fuse-layers",
-            "SGD with Nesterov momentum on a network one layer deeper, which is fused half-way",
-            GRADIENT_SIZED,
-            FusedTraining,
-            refuses=unless(deepen),
-        ),
-        Method(
-            "decision-stage",
-            "SGD with Nesterov momentum for half of the steps; then a support vector machine decides",
-            GRADIENT_SIZED,
-            DecidedTraining,
-            refuses=without_classes,
-            needs="sklearn",
-        ),
-    )
-}
+METHODS = (
+    Method(
+        "adaptive-activations",
+        "SGD with Nesterov momentum, a trainable slope for each activation module",
+        {**GRADIENT_SIZED, "lr": Range(1e-3, 1.0, 0.03)},
+        _train_adaptive,
+        refuses=unless(_add_slopes),
+    ),
+    Method(
+        "slope-recovery",
+        "Adaptive activations, and a term in the loss that pushes slopes up",
+        {"lr": Range(1e-3, 1.0, 0.01), "recovery": Range(1e-3, 10.0, 0.1)},
+        _train_recovering,
+        refuses=unless(_add_slopes),
+    ),
+    Method(
+        "threshold",
+        "SGD with Nesterov momentum, each activation 0 or 1, straight-through (clipped ReLU)",
+        GRADIENT_SIZED,
+        _make_threshold,
+        refuses=unless(_add_thresholds),
+    ),
+    Method(
+        "fuse-layers",
+        "SGD with Nesterov momentum on a network one layer deeper, which is fused half-way",
+        GRADIENT_SIZED,
+        FusedTraining,
+        refuses=unless(deepen),
+    ),
+    Method(
+        "decision-stage",
+        "SGD with Nesterov momentum for half of the steps; then a support vector machine decides",
+        GRADIENT_SIZED,
+        DecidedTraining,
+        refuses=without_classes,
+        needs="sklearn",
+    ),
+)

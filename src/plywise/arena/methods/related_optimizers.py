@@ -1,7 +1,5 @@
 """Optimizers of the related papers as methods, trained as their peers are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -98,34 +96,31 @@ def _make_binary(setting: TrialContext) -> Trainer:
 
 
 _LRSGD = {"lr": GRADIENT_SIZED["lr"], "strength": Range(1e-3, 0.1, 0.01)}
-METHODS = {
-    method.name: method
-    for method in (
-        Method(
-            "lrsgd-r",
-            "SGD with a local regularizer, in inner loops of random length",
-            _LRSGD,
-            partial(_train_with_regularizer, LRSGDR),
-        ),
-        Method(
-            "lrsgd-c",
-            "SGD with a local regularizer, in inner loops of ten steps with falling rates",
-            _LRSGD,
-            partial(_train_with_regularizer, LRSGDC),
-        ),
-        Method("yam-adam", "YamAdam: nothing to tune", {}, _make_untuned),
-        Method(
-            "salp-sgd",
-            "SGD with a chain of four salps that looks around each step",
-            {"lr": Range(1e-3, 1.0, 0.5), "radius": Range(1e-4, 0.1, 0.01)},
-            _train_swarm,
-            gradients=SALPS + 1,
-        ),
-        Method(
-            "askew-sgd",
-            "ASkewSGD: hidden weights of two levels; it is judged by the quantized network",
-            {"lr": Range(1e-2, 3.0, 0.3), "scale": Range(0.3, 3.0, 1.0)},
-            _make_binary,
-        ),
-    )
-}
+METHODS = (
+    Method(
+        "lrsgd-r",
+        "SGD with a local regularizer, in inner loops of random length",
+        _LRSGD,
+        partial(_train_with_regularizer, LRSGDR),
+    ),
+    Method(
+        "lrsgd-c",
+        "SGD with a local regularizer, in inner loops of ten steps with falling rates",
+        _LRSGD,
+        partial(_train_with_regularizer, LRSGDC),
+    ),
+    Method("yam-adam", "YamAdam: nothing to tune", {}, _make_untuned),
+    Method(
+        "salp-sgd",
+        "SGD with a chain of four salps that looks around each step",
+        {"lr": Range(1e-3, 1.0, 0.5), "radius": Range(1e-4, 0.1, 0.01)},
+        _train_swarm,
+        gradients=SALPS + 1,
+    ),
+    Method(
+        "askew-sgd",
+        "ASkewSGD: hidden weights of two levels; it is judged by the quantized network",
+        {"lr": Range(1e-2, 3.0, 0.3), "scale": Range(0.3, 3.0, 1.0)},
+        _make_binary,
+    ),
+)

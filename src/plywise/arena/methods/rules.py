@@ -1,7 +1,5 @@
 """plywise's rules as methods, each on any optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice

@@ -1,7 +1,5 @@
 """Data of the charts in a bench's report, rounded to the digits that a picture can show."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The report of a bench: its folder's bench.json and trials.jsonl as one HTML file that opens offline."""
 
-from __future__ import annotations
-
 import base64
 import gc
 import json
@@ -237,7 +235,6 @@ def _format_lead(field: BenchResults) -> str:
 
 
 def _list_missing(field: BenchResults) -> list[str]:
-    """Say which final runs are missing."""
     bench, sentences = field.bench, []
     if bench.get("unfinished"):
         sentences.append(" ".join(["Not finished.", *bench["unfinished"]]))

@@ -1,9 +1,12 @@
-"""Where methods ended: what there is to show of a bench that ranks nobody or has no target."""
+"""The table of a bench: the ranking, or where methods ended if it ranks nobody or has no target."""
 
-from __future__ import annotations
+from collections.abc import Sequence
 
+from plywise.arena.scoring.conclusions import format_span
+from plywise.arena.scoring.ranking import MethodRanking, rank_methods
 from plywise.arena.scoring.summary import BenchSummary
 
+RANKING_HEADINGS = ("method", "rank", "time to the target over the best baseline's", "reached")
 END_HEADINGS = ("method", "reached", "validation metric", "test metric", "failed")
 
 
@@ -13,7 +16,27 @@ def has_ranking(summary: BenchSummary) -> bool:
     return any(results.targets[name].strict is not None for name in results.ranked)
 
 
-def list_ends(summary: BenchSummary) -> list[list[str]]:
+def list_standing(summary: BenchSummary) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return headings and rows, for the first track: the ranking by CPU time if there is one, or the ends."""
+    if not has_ranking(summary):
+        return END_HEADINGS, _list_ends(summary)
+    results = summary.results
+    return RANKING_HEADINGS, _list_ranking(rank_methods(results, results.tracks[0], "cpu"))
+
+
+def _list_ranking(ranking: Sequence[MethodRanking]) -> list[list[str]]:
+    return [
+        [
+            one.method,
+            "null control" if one.rank is None else f"{one.rank.value:g}{' =' if one.level else ''}",
+            "–" if one.ratio is None else format_span(one.ratio),
+            f"{one.reached} of {one.runs}",
+        ]
+        for one in ranking
+    ]
+
+
+def _list_ends(summary: BenchSummary) -> list[list[str]]:
     """Return a row for each method on each workload, in the first track: medians over its runs."""
     results = summary.results
     several = len(results.workloads) > 1

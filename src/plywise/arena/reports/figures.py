@@ -1,7 +1,5 @@
 """A figure of matplotlib that a notebook shows, whether or not pyplot has been imported there."""
 
-from __future__ import annotations
-
 from io import BytesIO
 
 from matplotlib.figure import Figure

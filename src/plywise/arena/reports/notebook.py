@@ -1,7 +1,5 @@
 """A bench and a diagnosis in Python: text, HTML, rows, pictures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,19 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plywise._util.extras import PANDAS, import_extra
-from plywise._util.tables import format_table, make_table
+from plywise._util.tables import format_number, format_table, make_table
 from plywise.arena.diagnostics.advice import Advice
 from plywise.arena.diagnostics.diagnosis import Diagnosis
 from plywise.arena.reports.bench_page import write_page
-from plywise.arena.reports.ends import END_HEADINGS, has_ranking, list_ends
-from plywise.arena.scoring.conclusions import format_span
+from plywise.arena.reports.ends import has_ranking, list_standing
 from plywise.arena.scoring.ranking import MethodRanking, rank_methods
 from plywise.arena.scoring.records import TrialRecord
 from plywise.arena.scoring.score import CLOCKS, find_best, find_last
 from plywise.arena.scoring.summary import BenchSummary
 from plywise.errors import BenchError
 
-RANKING_HEADINGS = ("method", "rank", "time to the target over the best baseline's", "reached")
 LAYER_NUMBERS = ("rows", "backward", "backward_to_last", "silent", "rate", "noise")
 
 
@@ -112,19 +108,6 @@ class BenchReport:
         """Draw the report as an HTML page in the folder; returns its path."""
         return write_page(self.folder)[0]
 
-    def _make_table(self) -> tuple[Sequence[str], list[list[str]]]:
-        if not has_ranking(self.summary):
-            return END_HEADINGS, list_ends(self.summary)
-        return RANKING_HEADINGS, [
-            [
-                one.method,
-                "null control" if one.rank is None else f"{one.rank.value:g}{' =' if one.level else ''}",
-                "–" if one.ratio is None else format_span(one.ratio),
-                f"{one.reached} of {one.runs}",
-            ]
-            for one in self.ranking()
-        ]
-
     def _make_title(self) -> str:
         results = self.summary.results
         clock = ", by CPU time" if has_ranking(self.summary) else ""
@@ -134,7 +117,7 @@ class BenchReport:
         if not self.summary.rows:
             return f"{self.folder}: no method has finished a run yet."
         lines = [f"- {sentence}" for sentence in self.conclusions]
-        table = format_table(*self._make_table())
+        table = format_table(*list_standing(self.summary))
         return "\n".join([self._make_title(), self.verdict, table, *lines])
 
     __repr__ = __str__  # a notebook's file keeps it beside the table
@@ -143,7 +126,7 @@ class BenchReport:
         if not self.summary.rows:
             return f"<p>{self}</p>"
         title = f"{self._make_title()}. {self.verdict}"
-        return make_table(*self._make_table(), title=title, notes=self.conclusions)
+        return make_table(*list_standing(self.summary), title=title, notes=self.conclusions)
 
 
 @dataclass(frozen=True, repr=False)
@@ -191,7 +174,7 @@ class DiagnosisReport:
                 layer.name or "(model)",
                 layer.type,
                 f"{layer.inputs}→{layer.outputs}",
-                *(_format_short(getattr(layer, name)) for name in LAYER_NUMBERS),
+                *(format_number(getattr(layer, name), ".2g") for name in LAYER_NUMBERS),
             ]
             for layer in self.diagnosis.layers
         ]
@@ -223,12 +206,7 @@ class DiagnosisReport:
         )
 
 
-def _format_short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}"
-
-
 def _describe(line: TrialRecord) -> dict[str, Any]:
-    """Return a trial without its curves."""
     names = ("workload", "method", "purpose", "track", "trial", "seed", "failure", "test", "peak_mib")
     last = {clock: (line[clock] or [None])[-1] for clock in ("steps", "cpu", "wall")}
     numbers = {f"numbers.{name}": value for name, value in line["numbers"].items()}

@@ -1,7 +1,5 @@
 """Makes one HTML file that opens offline: it holds its styles, scripts and numbers, and loads nothing."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plywise._util.plain_json import drop_infinite, map_floats
+from plywise._util.tables import format_number
 
 TEMPLATES = Path(__file__).parent / "templates"
 PALETTE_SIZE = 8  # colours --c0 … --c7 in page.css
@@ -55,11 +54,6 @@ def inline_json(value: Any) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def format_number(value: float | None, pattern: str = ".3g") -> str:
-    """Format a number for readers; a dash if there is none."""
-    return "–" if value is None else format(value, pattern)
 
 
 def read_asset(name: str) -> str:

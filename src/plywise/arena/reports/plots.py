@@ -1,7 +1,5 @@
 """Pictures of a bench and a diagnosis, by matplotlib, which is an extra."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A bench's ranking and its trials as tables for spreadsheets."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Writes a bench's trials for trackers that show curves: TensorBoard and Trackio."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import shutil

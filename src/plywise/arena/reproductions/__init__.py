@@ -40,8 +40,7 @@ def find_paper(name: str) -> Paper:
             f"No paper is called {name!r}. {suggestion(name, PAPERS)}There are: {', '.join(PAPERS)}; "
             "`plywise reproduce` lists their experiments."
         )
-    found: Paper = importlib.import_module(f"{__name__}.{key.replace('-', '_')}").PAPER
-    return found
+    return importlib.import_module(f"{__name__}.{key.replace('-', '_')}").PAPER
 
 
 def _load_own(address: str) -> Paper:

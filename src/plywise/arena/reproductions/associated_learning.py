@@ -1,7 +1,5 @@
 """Associated Learning: the MLP on MNIST, the CNN and VGG on CIFAR-10."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Back-matching propagation: VGG13 with batch norm on CIFAR-10 and CIFAR-100."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Consequentialism weight updates: the claims of the abstract on MNIST, an MLP and a ConvNet."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The parts of a reproduction: a paper, its experiments, their numbers, and the sizes at which they run."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -54,19 +52,11 @@ class Measure:
     tuned_by: Callable[[Line], float]
 
 
-def _take_logarithm(loss: float) -> float:
-    return math.log(max(loss, 1e-12))
-
-
-def _keep_value(value: float) -> float:
-    return value
-
-
 TRAINING_LOSS = Measure(
     "training loss at the end",
     "nats",
     read=lambda line: float(line["loss"][-1]),
-    scale=_take_logarithm,
+    scale=lambda loss: math.log(max(loss, 1e-12)),
     back=math.exp,
     better=-1,
     tuned_by=lambda line: float(line["loss"][-1]),
@@ -76,8 +66,8 @@ TEST_ACCURACY = Measure(
     "test accuracy at the end",
     "%",
     read=lambda line: 100 * (1 - float(line["test"])),
-    scale=_keep_value,
-    back=_keep_value,
+    scale=lambda accuracy: accuracy,
+    back=lambda accuracy: accuracy,
     better=1,
     tuned_by=lambda line: float(line["validation"][-1]),
 )

@@ -1,7 +1,5 @@
 """Proximal backpropagation: CIFAR-10 with a wide MLP and with a small ConvNet."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Runs a paper's experiments, keeps each run as it ends, and summarises the results."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
@@ -169,7 +167,6 @@ class Reproduction:
             yield
 
     def _refuse_others(self) -> None:
-        """Refuse runs of the same names with other settings."""
         for experiment, runs in self._runs:
             ((workload, methods),) = runs.methods.items()
             for method in methods:

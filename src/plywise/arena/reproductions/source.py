@@ -1,7 +1,5 @@
 """An experiment of a paper as a workload of the arena, and its arms as methods."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The papers' data: images of MNIST and CIFAR in the order of their files, and digits in their place."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

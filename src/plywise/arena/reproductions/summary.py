@@ -6,8 +6,6 @@ compared with this interval. Claims that one method beats another are judged by 
 the same seed (see `plywise.arena.scoring.verdicts`).
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

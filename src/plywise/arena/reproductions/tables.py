@@ -1,7 +1,5 @@
 """A reproduction as a table: Markdown for files, rows for the terminal."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -50,18 +48,15 @@ def write_ours(arm: Mapping[str, Any]) -> str:
 def describe_claims(experiment: Mapping[str, Any]) -> list[str]:
     """Say the result of the paper's claims in sentences, one for each outcome."""
     claims = experiment["claims"]
-    if not claims:
-        return []
     found = {
         outcome: [claim["claim"] for claim in claims if claim["outcome"] == outcome]
         for outcome in (REPRODUCED, REVERSED, UNDECIDED)
     }
-    lines = [
+    return [
         f"{len(names)} of {len(claims)} {outcome}: {'; '.join(names)}."
         for outcome, names in found.items()
         if names
     ]
-    return lines
 
 
 def make_markdown(about: Mapping[str, Any]) -> str:

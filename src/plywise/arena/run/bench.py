@@ -1,7 +1,5 @@
 """A bench in its folder: ``bench.json`` says what is compared, ``trials.jsonl`` holds the trials."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Generator
@@ -192,8 +190,7 @@ class Bench:
 
 
 def _as_json(config: BenchConfig) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _describe_workload(resolved: ResolvedWorkload) -> dict[str, Any]:

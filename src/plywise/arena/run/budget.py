@@ -1,7 +1,5 @@
 """Plans how much of a bench fits into a budget of time."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

@@ -129,36 +129,17 @@ class WorkloadSpec:
             folder: where the batches of a stream are kept. Default: the folder for temporary files.
         """
         if self.model:
-            made = own_workload(
-                self.name,
-                self.model,
-                self.data,
-                read=self.read,
-                loss=self.loss,
-                metric=self.metric,
-                step=self.step,
-                batch_size=self.batch_size,
-                keep_batches=self.keep_batches,
-                blocks=self.blocks,
-                folder=folder,
-            )
-            return self.apply(made)
+            names = ("read", "loss", "metric", "step", "batch_size", "keep_batches", "blocks")
+            how: dict[str, Any] = {name: getattr(self, name) for name in names}
+            return self.apply(own_workload(self.name, self.model, self.data, folder=folder, **how))
         return self.apply(find_workload(self.name))
 
     def load(self, data: Data) -> Workload:
         """The workload of a settled spec, in another process: nothing is read, made or checked again."""
         if self.model:
-            made = make_checked_workload(
-                self.name,
-                self.model,
-                data,
-                loss=self.loss,
-                metric=self.metric,
-                step=self.step,
-                calls=self.calls,
-                classes=self.classes,
-            )
-            return self.apply(made)
+            names = ("loss", "metric", "step", "calls", "classes")
+            how: dict[str, Any] = {name: getattr(self, name) for name in names}
+            return self.apply(make_checked_workload(self.name, self.model, data, **how))
         return self.apply(find_workload(self.name))
 
     def find_method(self, name: str) -> Method:

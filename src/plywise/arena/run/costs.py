@@ -1,7 +1,5 @@
 """Measures what trials cost, from a few steps of each: seconds of a step, and of everything else."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType, ModuleType
 from typing import Any, Protocol
 
+import torch
+
 from plywise._util.file_errors import describe_failure
 from plywise._util.process_groups import begin_group, end_group
 from plywise.arena.run.config import TIMEOUT_S
@@ -79,8 +81,6 @@ class InlineExecutor:
     start_s = 0.0
 
     def __init__(self, threads: int | None = None) -> None:
-        import torch
-
         self.threads, self.timeout_s = threads or torch.get_num_threads(), math.inf
         self._stopped = False
 
@@ -90,8 +90,6 @@ class InlineExecutor:
 
     def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
         """Each job with its ledger line, in the order in which they come."""
-        import torch
-
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
@@ -128,10 +126,7 @@ class ProcessExecutor:
         self._stopped, self._bell = self._context.Pipe(duplex=False)
 
     def stop(self) -> None:
-        """End the running trials, for good: `run` gives those that have ended, and no more.
-
-        May be called from a signal's handler while `run` waits.
-        """
+        """See `Executor.stop`."""
         self._bell.send_bytes(b"stop")
 
     def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
@@ -269,8 +264,7 @@ class _Worker:
         """The trial's line, or the line of its failure."""
         try:
             if self.connection.poll():
-                line: dict[str, Any] = json.loads(self.connection.recv_bytes())
-                return line
+                return json.loads(self.connection.recv_bytes())
             if self._process.exitcode is not None:
                 raise EOFError
             if not self._begun:
@@ -291,9 +285,6 @@ class _Worker:
 
 
 def _work(job: TrialJob, threads: int, connection: Connection, safe_path: str | None) -> None:
-    """Run a trial in its process."""
-    import torch
-
     _set_safe_path(safe_path)  # as in the caller's process, not in the one that this was forked from
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who ends this process

@@ -5,8 +5,6 @@ holds, and has an executor run the others. `plywise bench`, `plywise demo` and `
 experiments with different arms and a different `Design`; so are the scripts in ``benchmarks/``.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -264,8 +262,7 @@ class Experiment:
         if key.purpose == TUNING:
             earlier = [line for line in past if line["trial"] < key.trial]
             return self.design.search.numbers(method.space, key.trial, earlier)
-        numbers: dict[str, float] = next(line["numbers"] for line in past if line["trial"] == key.trial)
-        return numbers
+        return next(line["numbers"] for line in past if line["trial"] == key.trial)
 
     # ---- what the ledger holds ---------------------------------------------------------------------
 

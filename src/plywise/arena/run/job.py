@@ -1,7 +1,5 @@
 """A picklable description of one trial, which runs it in any process."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,7 +91,6 @@ class TrialJob:
         return replace(workload, **{name: value for name, value in changes.items() if value is not None})
 
     def _record(self, gradients: float, result: TrialResult, peak: float | None) -> dict[str, Any]:
-        """A trial as the ledger keeps it."""
         outcome = map_floats(result.as_dict(), round_digits)
         finished = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
         more = {"numbers": self.numbers, "gradients": gradients, "peak_mib": peak, "finished": finished}
@@ -175,7 +172,6 @@ class Peak:
             return None
 
     def _read_peak(self) -> float:
-        """The peak, MiB."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**20
         status = Path("/proc/self/status").read_text().splitlines()

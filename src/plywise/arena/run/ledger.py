@@ -1,7 +1,5 @@
 """Keeps trials in a file, one JSON line each, written whole or not at all, with a check at its end."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings

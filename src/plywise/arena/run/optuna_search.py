@@ -1,7 +1,5 @@
 """Optuna's tree-structured Parzen estimator as a bench's search: each trial learns from those before it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

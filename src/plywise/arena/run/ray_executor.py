@@ -1,7 +1,5 @@
 """Runs trials on the machines of a Ray cluster."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal
@@ -75,10 +73,7 @@ class RayExecutor:
         self._stopped = False
 
     def stop(self) -> None:
-        """End the running trials, for good: `run` gives those that have ended, and no more.
-
-        May be called from a signal's handler while `run` waits.
-        """
+        """See `Executor.stop`."""
         self._stopped = True
 
     def run(self, jobs: Iterable[TrialJob]) -> Iterator[tuple[TrialJob, dict[str, Any]]]:
@@ -129,8 +124,7 @@ class RayExecutor:
         """Return the trial's line, or the line of its failure."""
         errors = self._ray.exceptions
         try:
-            line: dict[str, Any] = self._ray.get(answer)
-            return line
+            return self._ray.get(answer)
         except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError) as error:
             return job.failed(f"its process was lost ({type(error).__name__} on Ray)")
         except errors.RayError as error:

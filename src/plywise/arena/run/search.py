@@ -1,7 +1,5 @@
 """Finds the numbers of tuning trials; every search has the same number of trials for all methods."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 

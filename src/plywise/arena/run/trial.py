@@ -1,7 +1,5 @@
 """Runs one trial: trains one configuration once, and records what happened, failures included."""
 
-from __future__ import annotations
-
 import math
 import re
 import time
@@ -65,8 +63,7 @@ class TrialResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON can say it: what is not finite is None, and ``failure`` says why."""
-        plain: dict[str, Any] = map_floats(asdict(self), drop_infinite)
-        return plain
+        return map_floats(asdict(self), drop_infinite)
 
 
 class DivergedError(ArithmeticError):

@@ -1,7 +1,5 @@
 """Caveats of a bench: its search, failures, the number of seeds."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -126,7 +124,6 @@ def _count_failures(results: BenchResults) -> list[str]:
 
 
 def _list_soft_targets(results: BenchResults) -> list[str]:
-    """Say which targets are easy to reach, and why."""
     soft = [
         f"{name} {target.strict:.3g} ({'; '.join(target.softness)})"
         for name, target in results.targets.items()
@@ -141,7 +138,6 @@ def _list_soft_targets(results: BenchResults) -> list[str]:
 
 
 def _find_edges(results: BenchResults) -> list[str]:
-    """Say which methods' best numbers lie at the edge of their ranges."""
     found: Counter[str] = Counter()
     if results.bench.get("chosen"):
         return []

@@ -4,8 +4,6 @@ A difference is named only if its interval leaves 1 out and its value lies beyon
 (see `plywise.arena.scoring.intervals.Interval.apart`). What cannot be distinguished is named as such.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter
@@ -101,7 +99,6 @@ def _say_unranked(results: BenchResults) -> list[str]:
 
 
 def _describe_noise(results: BenchResults, track: str) -> list[str]:
-    """Say how large the noise is by the null control."""
     if not results.nulls:
         return ["There is no null control in this bench, so its timing noise is unknown."]
     sentences = []
@@ -289,7 +286,6 @@ def _compare_memory(results: BenchResults, track: str, rows: list[MethodOnWorklo
 
 
 def _say_untuned(results: BenchResults) -> list[str]:
-    """Say which methods reach the target without tuning."""
     if DEFAULTS not in results.tracks:
         return []
     counts = {

@@ -1,7 +1,5 @@
 """Says in one sentence what a bench has shown, and chooses the methods to show first."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from plywise.arena.scoring.conclusions import FEWEST, WORDS, find_different, format_span
@@ -67,7 +65,6 @@ def find_shown(results: BenchResults) -> list[str]:
 
 
 def _find_reason(results: BenchResults) -> str:
-    """Find why the first run failed."""
     runs = [run for cell in results.cells.values() for run in cell.runs if run["failure"]]
     return f"{runs[0]['method']} on {runs[0]['workload']}: {str(runs[0]['failure']).rstrip('.')}"
 

@@ -12,8 +12,6 @@ The interval of a median of few seeds is at most as certain as the range of the 
 The report says this beside every interval.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence
@@ -110,10 +108,8 @@ def draw_medians(values: Sequence[float], generator: np.random.Generator, count:
         [1.0, 2.0, inf]
     """
     data = np.asarray(values, dtype=np.float64)
-    places = len(data) // 2, (len(data) - 1) // 2
-    drawn = np.partition(data[generator.integers(len(data), size=(count, len(data)))], places, axis=1)
-    upper, lower = drawn[:, places[0]], drawn[:, places[1]]
-    return np.where(upper == lower, upper, lower / 2 + upper / 2)
+    drawn = data[generator.integers(len(data), size=(count, len(data)))]
+    return np.asarray(np.median(drawn, axis=1))
 
 
 def find_limits(draws: Draws, level: float = LEVEL) -> tuple[float, float]:

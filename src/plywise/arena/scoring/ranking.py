@@ -5,8 +5,6 @@ which is a lower bound, and the figure is marked as a bound (see `intervals`). T
 mean.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The key of a trial's line."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 TrialRecord = dict[str, Any]

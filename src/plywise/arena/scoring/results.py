@@ -1,7 +1,5 @@
 """Sorts a bench's trials: final runs by track, workload and method, with their times to the targets."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable
@@ -148,14 +146,19 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> Bench
     )
 
 
-def time_step(lines: Iterable[TrialRecord]) -> float | None:
-    """Processor seconds of a step: the median of some trials; None if none was timed.
+def time_step(lines: Iterable[TrialRecord], clock: str = "cpu") -> float | None:
+    """A step by a clock, as in processor seconds: the median of some trials; None if none was timed.
 
     Example:
         >>> time_step([{"steps": [0, 10], "cpu": [0.0, 0.5]}, {"steps": [0], "cpu": [0.0]}])
         0.05
     """
-    return _measure_step(lines, "cpu")
+    each = []
+    for line in lines:
+        values = read_clock(line, clock)
+        if values and line["steps"][len(values) - 1]:
+            each.append(values[-1] / line["steps"][len(values) - 1])
+    return statistics.median(each) if each else None
 
 
 def _sort_by_method(lines: Iterable[TrialRecord]) -> dict[tuple[str, str], list[TrialRecord]]:
@@ -168,7 +171,6 @@ def _sort_by_method(lines: Iterable[TrialRecord]) -> dict[tuple[str, str], list[
 def _find_finals(
     bench: dict[str, Any], lines: Iterable[TrialRecord]
 ) -> dict[tuple[str, str, str], list[TrialRecord]]:
-    """Final runs by track, workload and method."""
     finals: dict[tuple[str, str, str], list[TrialRecord]] = {}
     for line in lines:
         if line["purpose"] == FINAL:
@@ -181,8 +183,7 @@ def _find_finals(
 
 def _get_space(bench: dict[str, Any], method: str) -> dict[str, Any]:
     # a method that bench.json does not know of counts as one with something to tune
-    space: dict[str, Any] = bench["methods"].get(method, {"space": {"?": None}}).get("space") or {}
-    return space
+    return bench["methods"].get(method, {"space": {"?": None}}).get("space") or {}
 
 
 def _make_cell(
@@ -199,17 +200,8 @@ def _make_cell(
     times = {}
     for clock in CLOCKS:
         # a method whose every run failed before its first measured step is given the others' pace
-        paces = (_measure_step(lines, clock) for lines in (runs, *others))
+        paces = (time_step(lines, clock) for lines in (runs, *others))
         pace = next((pace for pace in paces if pace is not None), 0.0)
         values = [to_target(run, target, clock) for run in runs]
         times[clock] = resample_times(values, steps * pace, generator, between * pace)
     return Cell(runs, times)
-
-
-def _measure_step(lines: Iterable[TrialRecord], clock: str) -> float | None:
-    each = []
-    for line in lines:
-        values = read_clock(line, clock)
-        if values and line["steps"][len(values) - 1]:
-            each.append(values[-1] / line["steps"][len(values) - 1])
-    return statistics.median(each) if each else None

@@ -3,8 +3,6 @@
 All functions are pure, and take lines of the ledger (see `plywise.arena.scoring.records`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

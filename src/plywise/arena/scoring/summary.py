@@ -1,7 +1,5 @@
 """Computes everything that a report says about a bench's trials."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 All functions are pure, and take lines of the ledger (see `plywise.arena.scoring.records`).
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Collection, Iterable

@@ -6,8 +6,6 @@ resampling (see `plywise.arena.scoring.intervals`): a run that missed took infin
 no mean.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

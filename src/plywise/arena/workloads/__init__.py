@@ -86,7 +86,8 @@ def find_workload(name: str) -> Workload:
             f"{', '.join(WORKLOADS)}; hidden-{HIDDEN[0]}-7 and others that a seed makes; or point at your "
             "own model and data by module:name."
         )
-    found: Workload = importlib.import_module(f"plywise.{WORKLOAD_MODULES[key]}").WORKLOADS[key]
+    home = importlib.import_module(f"plywise.{WORKLOAD_MODULES[key]}")
+    found: Workload = next(one for one in home.WORKLOADS if one.name == key)
     return replace(found, target=targets().get(key, {}).get("target"))
 
 
@@ -97,5 +98,4 @@ def targets() -> dict[str, dict[str, Any]]:
         >>> set(targets()) <= set(WORKLOADS)
         True
     """
-    entries: dict[str, dict[str, Any]] = json.loads((files(__name__) / "targets.json").read_text("utf-8"))
-    return entries
+    return json.loads((files(__name__) / "targets.json").read_text("utf-8"))

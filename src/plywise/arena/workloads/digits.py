@@ -1,7 +1,5 @@
 """Workloads on the handwritten digits that ship with the package: no file needed, about a second a run."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 
@@ -29,42 +27,39 @@ def digits_themselves() -> Data:
     return Data(*(Split(part.x, part.x) for part in load_digits()))
 
 
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload(
-            "digits-mlp",
-            "64-128-128-128-10 with ReLU on 1,100 handwritten digits of 8×8 pixels: linear layers, and "
-            "nothing to download. The network of the demo.",
-            partial(mlp, 64, 128, 128, 128, 10),
-            digits,
-            TEN_CLASSES,
-            batch_size=128,
-            steps=300,
-            blocks=4,
-            classes=10,
-        ),
-        Workload(
-            "digits-conv",
-            "Two convolutions (16 and 32 channels) and two linear layers on the same digits: convolutions, "
-            "in seconds.",
-            partial(conv_net, (1, 8, 8), (16, 32), (64, 10)),
-            digit_images,
-            TEN_CLASSES,
-            batch_size=128,
-            steps=200,
-            blocks=3,
-            classes=10,
-        ),
-        Workload(
-            "digits-autoencoder",
-            "64-32-16-8-16-32-64 with ELU on the same digits, which it is to give back: a deep bottleneck, "
-            "where plain gradients are slow.",
-            partial(autoencoder, 64, 32, 16, 8),
-            digits_themselves,
-            REGRESSION,
-            batch_size=128,
-            steps=300,
-        ),
-    )
-}
+WORKLOADS = (
+    Workload(
+        "digits-mlp",
+        "64-128-128-128-10 with ReLU on 1,100 handwritten digits of 8×8 pixels: linear layers, and "
+        "nothing to download. The network of the demo.",
+        partial(mlp, 64, 128, 128, 128, 10),
+        digits,
+        TEN_CLASSES,
+        batch_size=128,
+        steps=300,
+        blocks=4,
+        classes=10,
+    ),
+    Workload(
+        "digits-conv",
+        "Two convolutions (16 and 32 channels) and two linear layers on the same digits: convolutions, "
+        "in seconds.",
+        partial(conv_net, (1, 8, 8), (16, 32), (64, 10)),
+        digit_images,
+        TEN_CLASSES,
+        batch_size=128,
+        steps=200,
+        blocks=3,
+        classes=10,
+    ),
+    Workload(
+        "digits-autoencoder",
+        "64-32-16-8-16-32-64 with ELU on the same digits, which it is to give back: a deep bottleneck, "
+        "where plain gradients are slow.",
+        partial(autoencoder, 64, 32, 16, 8),
+        digits_themselves,
+        REGRESSION,
+        batch_size=128,
+        steps=300,
+    ),
+)

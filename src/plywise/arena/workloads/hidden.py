@@ -6,8 +6,6 @@ that the name is enough to make the same workload on another machine. Targets co
 same bench.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace

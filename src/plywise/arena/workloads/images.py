@@ -1,7 +1,5 @@
 """Workloads on Fashion-MNIST, MNIST and CIFAR-10: some thousand images to train, the official test set."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import partial
 
@@ -81,64 +79,61 @@ def standardise_channels(data: Data) -> Data:
     return Data(*(Split((part.x - mean) / deviation, part.y) for part in vars(data).values()))
 
 
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload(
-            "fashion-mlp",
-            "784-256-256-10 with ReLU on 10,000 images of Fashion-MNIST: wide linear layers.",
-            partial(mlp, 784, 256, 256, 10),
-            fashion_rows,
-            TEN_CLASSES,
-            batch_size=128,
-            steps=400,
-            blocks=3,
-            classes=10,
-        ),
-        Workload(
-            "fashion-2c2d",
-            "Two convolutions (8 and 16 channels) and two linear layers on 10,000 images of Fashion-MNIST.",
-            partial(conv_net, (1, 28, 28), (8, 16), (64, 10)),
-            fashion,
-            TEN_CLASSES,
-            batch_size=64,
-            steps=300,
-            blocks=3,
-            classes=10,
-        ),
-        Workload(
-            "mnist-autoencoder",
-            "784-256-64-16-64-256-784 with ELU on 10,000 images of MNIST, which it is to give back: the "
-            "deep bottleneck where second-order methods are known to do well.",
-            partial(autoencoder, 784, 256, 64, 16),
-            mnist_themselves,
-            REGRESSION,
-            batch_size=128,
-            steps=400,
-        ),
-        Workload(
-            "cifar-3c3d",
-            "Three convolutions (8, 16 and 32 channels) and three linear layers on 8,000 images of CIFAR-10: "
-            "overfitting, weight decay.",
-            partial(conv_net, (3, 32, 32), (8, 16, 32), (128, 64, 10)),
-            cifar,
-            TEN_CLASSES,
-            batch_size=64,
-            steps=300,
-            blocks=4,
-            classes=10,
-        ),
-        Workload(
-            "cifar-resnet",
-            "Three residual blocks (8, 16 and 32 channels) with batch norm on 8,000 images of CIFAR-10: "
-            "shortcuts and norms.",
-            partial(resnet, 8, 16, 32),
-            cifar,
-            TEN_CLASSES,
-            batch_size=64,
-            steps=300,
-            blocks=4,
-            classes=10,
-        ),
-    )
-}
+WORKLOADS = (
+    Workload(
+        "fashion-mlp",
+        "784-256-256-10 with ReLU on 10,000 images of Fashion-MNIST: wide linear layers.",
+        partial(mlp, 784, 256, 256, 10),
+        fashion_rows,
+        TEN_CLASSES,
+        batch_size=128,
+        steps=400,
+        blocks=3,
+        classes=10,
+    ),
+    Workload(
+        "fashion-2c2d",
+        "Two convolutions (8 and 16 channels) and two linear layers on 10,000 images of Fashion-MNIST.",
+        partial(conv_net, (1, 28, 28), (8, 16), (64, 10)),
+        fashion,
+        TEN_CLASSES,
+        batch_size=64,
+        steps=300,
+        blocks=3,
+        classes=10,
+    ),
+    Workload(
+        "mnist-autoencoder",
+        "784-256-64-16-64-256-784 with ELU on 10,000 images of MNIST, which it is to give back: the "
+        "deep bottleneck where second-order methods are known to do well.",
+        partial(autoencoder, 784, 256, 64, 16),
+        mnist_themselves,
+        REGRESSION,
+        batch_size=128,
+        steps=400,
+    ),
+    Workload(
+        "cifar-3c3d",
+        "Three convolutions (8, 16 and 32 channels) and three linear layers on 8,000 images of CIFAR-10: "
+        "overfitting, weight decay.",
+        partial(conv_net, (3, 32, 32), (8, 16, 32), (128, 64, 10)),
+        cifar,
+        TEN_CLASSES,
+        batch_size=64,
+        steps=300,
+        blocks=4,
+        classes=10,
+    ),
+    Workload(
+        "cifar-resnet",
+        "Three residual blocks (8, 16 and 32 channels) with batch norm on 8,000 images of CIFAR-10: "
+        "shortcuts and norms.",
+        partial(resnet, 8, 16, 32),
+        cifar,
+        TEN_CLASSES,
+        batch_size=64,
+        steps=300,
+        blocks=4,
+        classes=10,
+    ),
+)

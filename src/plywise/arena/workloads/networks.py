@@ -1,7 +1,5 @@
 """The networks of the workloads: small, and chains where they can be, so that local learners can cut them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

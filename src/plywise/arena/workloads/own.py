@@ -1,8 +1,6 @@
 """A user's own model and data as a workload, checked on two samples before any training."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +34,7 @@ from plywise.arena.workloads.own_calls import (
     step_task,
     wrap_model,
 )
-from plywise.data.batches import Batch, Part, Split, clone_batch, count_samples
+from plywise.data.batches import Batch, Part, Split, clone_batch, count_samples, list_targets
 from plywise.data.models import NAN_HINT, unwrap_model
 from plywise.data.own_data import OwnData, explaining
 from plywise.data.parts import Data
@@ -151,15 +149,13 @@ def _check_scores(network: nn.Module, model: str, data: Data, loss: str, metric:
 
 
 def _say_how(calls: str) -> str:
-    """Return how the model is called, where that is not the usual way."""
     return f"; {HOW[calls]}" if calls else ""
 
 
 def _targets(part: Part) -> Tensor:
     """The targets of a part, or of its first batches, where those of a stream are not of one shape."""
     if isinstance(part, Split):
-        targets: Tensor = part.y
-        return targets
+        return part.y
     targets = next(iter(part.chunks(2)))[1]
     return targets if targets.dim() > 1 else torch.cat([y for _, y in part.chunks(2)])
 
@@ -256,12 +252,7 @@ def _output(network: nn.Module, address: str, x: Batch) -> Tensor:
 def _fitting(data: Data, output: Tensor) -> Data:
     """Convert numbers to the shape of the output, (N,) or (N, 1), which would broadcast otherwise."""
     y, shape = _targets(data.train), output.shape[1:]
-    if (
-        not isinstance(data.train, Split)
-        or not y.is_floating_point()
-        or y.shape[1:] == shape
-        or {y.shape[1:], shape} != {(), (1,)}
-    ):
+    if not isinstance(data.train, Split) or not y.is_floating_point() or {y.shape[1:], shape} != {(), (1,)}:
         return data
     return Data(*(Split(part.x, part.y.reshape(-1, *shape)) for part in vars(data).values()))
 
@@ -328,16 +319,12 @@ def _check_classes(model: str, output: Tensor, data: Data) -> None:
             f"({wanted},) scores. If these are numbers to predict, make them floating-point."
         )
     outputs = output.shape[-1]
-    largest = max(int(y.max()) for part in vars(data).values() for y in _all_targets(part))
+    largest = max(int(y.max()) for part in vars(data).values() for y in list_targets(part))
     if largest >= outputs:
         raise DataError(
             f"{model} has {outputs} output{'s' if outputs > 1 else ''}, and targets go up to {largest}: "
             f"it needs {largest + 1}. If these are numbers to predict, make them floating-point."
         )
-
-
-def _all_targets(part: Part) -> Iterator[Tensor]:
-    return iter([part.y]) if isinstance(part, Split) else (y for _, y in part.chunks(2))
 
 
 def _check_judge(judge: Callable[..., Any], what: str, output: Tensor, y: Tensor) -> None:

@@ -1,7 +1,5 @@
 """Finds how to call a user's model: plainly, for its scores, for its own loss, or by a step function."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

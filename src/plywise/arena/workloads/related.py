@@ -1,7 +1,5 @@
 """Workloads of the related papers: rare classes, generators, denoising, meta-learning."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch
@@ -94,8 +92,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Clean images."""
-        cleaned: Tensor = self.solver(x, LEVEL)
-        return cleaned
+        return self.solver(x, LEVEL)
 
 
 # ---- learning to learn -----------------------------------------------------------------------------
@@ -132,47 +129,44 @@ class InEpisodes(nn.Module):
         return outputs.squeeze(2).movedim(0, 1)
 
 
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload(
-            "digits-rare",
-            "64-64-64-1 with ReLU that tells eights from other digits, and has seen 20 of them: what counts "
-            "is the order of scores.",
-            partial(mlp, 64, 64, 64, 1),
-            rare_digits,
-            RANKING,
-            batch_size=128,
-            steps=200,
-        ),
-        Workload(
-            "digits-generator",
-            "16-128-128-64 with ReLU that makes images of digits from noise, as far from the real ones as "
-            "their energy distance says.",
-            generator_network,
-            noise_and_digits,
-            GENERATION,
-            batch_size=128,
-            steps=300,
-        ),
-        Workload(
-            "digits-denoiser",
-            "An unfolded denoiser (DScCP, six steps) on digits with noise of deviation 0.3 on each pixel.",
-            Denoiser,
-            noisy_digits,
-            REGRESSION,
-            batch_size=32,
-            steps=200,
-        ),
-        Workload(
-            "vsml-episodes",
-            "A VSML network that is to learn, within 8 samples, which of two inputs means which class: "
-            "backpropagation only trains the rule by which it learns.",
-            InEpisodes,
-            episodes,
-            SEQUENCES,
-            batch_size=16,
-            steps=400,
-        ),
-    )
-}
+WORKLOADS = (
+    Workload(
+        "digits-rare",
+        "64-64-64-1 with ReLU that tells eights from other digits, and has seen 20 of them: what counts "
+        "is the order of scores.",
+        partial(mlp, 64, 64, 64, 1),
+        rare_digits,
+        RANKING,
+        batch_size=128,
+        steps=200,
+    ),
+    Workload(
+        "digits-generator",
+        "16-128-128-64 with ReLU that makes images of digits from noise, as far from the real ones as "
+        "their energy distance says.",
+        generator_network,
+        noise_and_digits,
+        GENERATION,
+        batch_size=128,
+        steps=300,
+    ),
+    Workload(
+        "digits-denoiser",
+        "An unfolded denoiser (DScCP, six steps) on digits with noise of deviation 0.3 on each pixel.",
+        Denoiser,
+        noisy_digits,
+        REGRESSION,
+        batch_size=32,
+        steps=200,
+    ),
+    Workload(
+        "vsml-episodes",
+        "A VSML network that is to learn, within 8 samples, which of two inputs means which class: "
+        "backpropagation only trains the rule by which it learns.",
+        InEpisodes,
+        episodes,
+        SEQUENCES,
+        batch_size=16,
+        steps=400,
+    ),
+)

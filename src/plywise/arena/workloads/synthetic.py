@@ -1,7 +1,5 @@
 """The noisy quadratic: the only workload whose solution is known exactly."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -66,18 +64,15 @@ def make_model() -> nn.Module:
     return nn.Linear(DIMENSIONS, 1, bias=False)
 
 
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        Workload(
-            "quadratic",
-            "A noisy quadratic of 100 variables with the spectrum of a deep network, as linear regression on "
-            "40,000 samples, each seen once: conditioning and noise, judged by the exact expected loss.",
-            make_model,
-            make_data,
-            replace(REGRESSION, metric_name="expected loss above the noise"),
-            batch_size=100,
-            steps=400,
-        ),
-    )
-}
+WORKLOADS = (
+    Workload(
+        "quadratic",
+        "A noisy quadratic of 100 variables with the spectrum of a deep network, as linear regression on "
+        "40,000 samples, each seen once: conditioning and noise, judged by the exact expected loss.",
+        make_model,
+        make_data,
+        replace(REGRESSION, metric_name="expected loss above the noise"),
+        batch_size=100,
+        steps=400,
+    ),
+)

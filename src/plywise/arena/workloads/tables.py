@@ -1,7 +1,5 @@
 """Regression on tables: inputs on very different scales, brought to one by the training part alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -73,36 +71,33 @@ def _make_workload(
     )
 
 
-WORKLOADS = {
-    workload.name: workload
-    for workload in (
-        _make_workload(
-            "concrete",
-            "Strength of concrete by what it is mixed of and its age, 1,030 mixtures (UCI).",
-            8,
-            partial(load_numeric_table, "uci_concrete"),
-        ),
-        _make_workload(
-            "energy",
-            "Heating load of 768 simulated buildings by their shape (UCI): few rows, inputs that depend on "
-            "each other.",
-            8,
-            partial(load_numeric_table, "uci_energy"),
-        ),
-        _make_workload(
-            "california",
-            "House values in 20,640 districts of California, census of 1990: heavy tails; 207 missing values "
-            "are the training part's median.",
-            13,
-            partial(load_numeric_table, "california_housing"),
-            steps=600,
-        ),
-        _make_workload(
-            "boiling-points",
-            "Boiling points of 1,496 organic compounds by what their formulas hold: sparse counts beside a "
-            "mass; compounds that read alike stay in one part.",
-            20,
-            load_boiling_points,
-        ),
-    )
-}
+WORKLOADS = (
+    _make_workload(
+        "concrete",
+        "Strength of concrete by what it is mixed of and its age, 1,030 mixtures (UCI).",
+        8,
+        partial(load_numeric_table, "uci_concrete"),
+    ),
+    _make_workload(
+        "energy",
+        "Heating load of 768 simulated buildings by their shape (UCI): few rows, inputs that depend on "
+        "each other.",
+        8,
+        partial(load_numeric_table, "uci_energy"),
+    ),
+    _make_workload(
+        "california",
+        "House values in 20,640 districts of California, census of 1990: heavy tails; 207 missing values "
+        "are the training part's median.",
+        13,
+        partial(load_numeric_table, "california_housing"),
+        steps=600,
+    ),
+    _make_workload(
+        "boiling-points",
+        "Boiling points of 1,496 organic compounds by what their formulas hold: sparse counts beside a "
+        "mass; compounds that read alike stay in one part.",
+        20,
+        load_boiling_points,
+    ),
+)

@@ -1,7 +1,5 @@
 """Next characters of Shakespeare's plays."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 
@@ -46,8 +44,8 @@ def make_data() -> Data:
     )
 
 
-WORKLOADS = {
-    "char-transformer": Workload(
+WORKLOADS = (
+    Workload(
         "char-transformer",
         "A transformer of 2 blocks, 64 wide, 4 heads, on 64 characters of tiny Shakespeare: attention, layer "
         "norm, an embedding that is the last layer, too.",
@@ -58,5 +56,5 @@ WORKLOADS = {
         steps=250,
         blocks=2,
         classes=VOCABULARY,
-    )
-}
+    ),
+)

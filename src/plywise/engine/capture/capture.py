@@ -42,6 +42,10 @@ _grad_enabled = torch.is_grad_enabled
 _tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_dynamo_compiling  # in each call: the other look is two functions deep
 _functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_symbolic_trace = torch.fx._symbolic_trace
+_is_tracing_symbolically: Callable[[], bool] = getattr(  # the second one for torch 2.9
+    _symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing
+)
 
 
 class ModelHook:
@@ -308,7 +312,7 @@ class Capture:
 
 def _is_tracing() -> bool:
     """Return whether torch.jit.trace or torch.fx.symbolic_trace runs the model."""
-    return torch._C._is_tracing() or getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)
+    return torch._C._is_tracing() or _is_tracing_symbolically()
 
 
 def runs_twice(code: CodeType, owner: object) -> bool:

@@ -199,6 +199,8 @@ def _fit(
             of_weight = site.layout.from_canonical(of_weight, weight.shape)
         if of_weight.dtype is not weight.dtype:
             of_weight = of_weight.to(weight.dtype)
+        if site.entry.compares:
+            site.entry.add_answer(of_weight)
     if wants_bias:
         of_bias = update.bias
         if of_bias is None:  # the bias is no part of the local problem: it gets its plain gradient
@@ -314,6 +316,7 @@ def _carry_rule(
         of_bias = of_bias.reshape(ctx.site.bias_shape)
     if _is_mapped(delta):
         return of_weight, of_bias
+    ctx.site.entry.compares = False  # a second derivative is no answer of the rule
     with torch.no_grad():
         update, _ = _ask(ctx, a.detach(), weight.detach(), delta.detach(), wants_weight or wants_bias, False)
         values = _fit(ctx, update, weight, delta, wants_weight, wants_bias)

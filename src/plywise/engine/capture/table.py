@@ -75,7 +75,7 @@ class ParameterTable:
         aliases = {key: value for key, value in self._by_id.items() if value[0]() is not None}
         self._by_id = {**aliases, **{id(e.parameter()): (e.parameter, e) for e in self.entries}}
         self._sharded = [e for e in self.entries if e.sharding is not None]
-        self._by_place = {(id(ref()), e.key): e for e in self.entries for _, ref in e.owners}
+        self._by_place = {(id(owner.module()), owner.key): e for e in self.entries for owner in e.owners}
         self.unsettled = any(e.leave_next and not e.left for e in self.entries)
 
     def begin_pass(self) -> None:
@@ -327,12 +327,17 @@ class ParameterTable:
         """Look for parameters that were added since."""
         self.follow(model)
         known = {id(e.parameter()): e for e in self.entries if e.parameter() is not None}
-        found = []
-        for entry in self._collect(model):
+        found, collected = [], self._collect(model)
+        present = {id(entry.parameter()) for entry in collected}
+        for entry in collected:
             parameter = entry.parameter()
             old = None if parameter is None else known.get(id(parameter)) or self._find_stand_in(parameter)
+            if old is not None and old.parameter() is parameter:
+                old.follow_owners(entry)
+            elif old is not None and id(old.parameter()) in present:  # they were tied, and are no longer
+                old = None
             if old is None:
-                replaced = self._by_place.get((id(entry.owners[0][1]()), entry.key))
+                replaced = self._by_place.get((id(entry.owners[0].module()), entry.key))
                 entry.is_new = replaced is None
                 if replaced is not None and replaced.parameter() is None:  # made on meta, and materialised
                     replaced.parameter, replaced.last = entry.parameter, None

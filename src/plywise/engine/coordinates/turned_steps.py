@@ -52,6 +52,7 @@ class TurnedSteps:
         self._states: list[State] = []
         self._key: tuple[object, ...] = ()
         self._is_turned = False
+        self._lent: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, its gradient, the one in its place
 
     def make(
         self,
@@ -76,6 +77,7 @@ class TurnedSteps:
             if state and weight is not None and weight.grad is not None:
                 ready.append(layer)
                 states.append(state)
+        self._lend_gradients(ready)
         self._add_decay(ready, optimizer, 1.0)
         with torch.no_grad():
             self._turn_gradients(ready, states, optimizer)
@@ -100,6 +102,7 @@ class TurnedSteps:
             made: their states from now on.
             optimizer: the optimizer.
         """
+        self._put_gradients_back()
         self._turn_steps_back(optimizer)
         for layer in layers:
             if before[layer.name]:
@@ -107,6 +110,22 @@ class TurnedSteps:
                     self._turn_momenta(layer, before[layer.name], made[layer.name].tensors, optimizer)
             elif layer not in self._last:
                 self._restart(layer, optimizer)  # second moments of other coordinates do not fit these
+
+    # ---- gradients ---------------------------------------------------------------------------------
+
+    def _lend_gradients(self, layers: Sequence[LayerHandle]) -> None:
+        """Put copies in the place of gradients, to be turned: a second step must find them as they were."""
+        self._put_gradients_back()  # of a step that has failed
+        for parameter in {id(p): p for layer in layers for p in layer.trained}.values():
+            if parameter.grad is not None:
+                plain, parameter.grad = parameter.grad, parameter.grad.clone()
+                self._lent.append((parameter, plain, parameter.grad))
+
+    def _put_gradients_back(self) -> None:
+        for parameter, plain, lent in self._lent:
+            if parameter.grad is lent:  # some optimizers drop gradients
+                parameter.grad = plain
+        self._lent.clear()
 
     # ---- weight decay ------------------------------------------------------------------------------
 

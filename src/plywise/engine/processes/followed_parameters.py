@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plywise.engine.sharding import Sharding, find_shards, is_spread
-from plywise.engine.sites import ParameterEntry
+from plywise.engine.sites import Owner, ParameterEntry
 from plywise.errors import AttachError
 
 SPREAD = (
@@ -18,22 +18,26 @@ SPREAD = (
 """Why a DTensor is left to the optimizer."""
 
 
-def get_raw_name(entry: ParameterEntry) -> str:
-    """Return the parameter's name in the module that has it."""
-    return entry.name.rpartition(".")[2]
+def find_replaced(entry: ParameterEntry) -> Owner | None:
+    """Find an owner that has another tensor in the parameter's place now, and not just while it runs."""
+    parameter = entry.parameter()
+    whole = None if entry.sharding is None else entry.sharding.whole
+    for owner in entry.owners:
+        current = owner.find()
+        if current is not None and current is not parameter and current is not whole:
+            return owner
+    return None
 
 
 def find_in_place(entry: ParameterEntry) -> Tensor | None:
-    """Return what is in the parameter's place now: another tensor, if it has been replaced."""
-    module = entry.owners[0][1]()
-    current = None if module is None else module._parameters.get(get_raw_name(entry))
-    stands_in = entry.sharding is not None and current is entry.sharding.whole
-    return entry.parameter() if current is None or stands_in else current
+    """Return what is in the parameter's place now: another tensor, if it has been replaced anywhere."""
+    owner = find_replaced(entry)
+    return entry.parameter() if owner is None else owner.find()
 
 
 def is_replaced(entry: ParameterEntry) -> bool:
     """Return whether another tensor is in the parameter's place now, and not just while its module runs."""
-    return find_in_place(entry) is not entry.parameter()
+    return find_replaced(entry) is not None
 
 
 def follow_parameters(
@@ -55,7 +59,7 @@ def follow_parameters(
     replaced = []
     mesh = None
     for entry in entries:
-        module, name = entry.owners[0][1](), get_raw_name(entry)
+        module, name = entry.owners[0].module(), entry.key
         source = shards.get((id(module), name))
         parameter = source.sharded_param if source is not None else _find_spread(module, name)
         if parameter is None:
@@ -137,7 +141,10 @@ def refuse_replaced(
         trains_others = any(_is_lost(other, stepped) for other in successors)
         is_old_stepped = keeps_values or id(entry.parameter()) in stepped
         if not entry.why_left and is_old_stepped and (is_replaced_here or trains_others):
-            raise AttachError(explain_replaced(entry.layer), see="attach-optimizer")
+            owner = find_replaced(entry)
+            raise AttachError(
+                explain_replaced(entry.layer if owner is None else owner.path), see="attach-optimizer"
+            )
 
 
 def _is_lost(entry: ParameterEntry, stepped: set[int]) -> bool:

@@ -1,6 +1,5 @@
 """The rows of an explanation: one for each handled map, and one for the other parameters of a module."""
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,11 +11,10 @@ from plywise.engine.contract import RuleContract
 from plywise.engine.explain import LayerRow, Size
 from plywise.engine.health import Health
 from plywise.engine.selection import explain_kind, predict_kind
-from plywise.engine.sites import ParameterEntry, Site
+from plywise.engine.sites import Owner, ParameterEntry, Site
 from plywise.engine.statistics.layer_handle import predict_canonical, predict_groups
 
 UNSEEN = "no call of a linear map has been seen with it yet"
-Owner = weakref.ref[nn.Module]
 
 
 class Claim(NamedTuple):
@@ -65,7 +63,7 @@ def make_rows(
     biases = _find_biases(entries)
     lone = {id(bias) for added in biases.values() for bias in added}
     for entry in entries:
-        for path, ref in _find_unique_owners(entry):
+        for path, ref, _ in _find_unique_owners(entry):
             module = ref()
             if module is not None and id(entry) not in lone:
                 added = biases.get(id(entry), [])
@@ -73,7 +71,7 @@ def make_rows(
                 rows += [(id(module), row) for row in found]
     for entry in entries:
         if id(entry) in lone and id(entry) not in counted:
-            module, parameter = entry.owners[0][1](), entry.parameter()
+            module, parameter = entry.owners[0].module(), entry.parameter()
             if _is_carried(entry) and module is not None and parameter is not None:
                 row = _make_computed_row(rule, entry, module, parameter, health, counted)
             else:
@@ -102,16 +100,16 @@ def _merge_left(rows: list[tuple[int, LayerRow]]) -> list[LayerRow]:
     return [row for _, row in merged]
 
 
-def _find_unique_owners(entry: ParameterEntry) -> list[tuple[str, Owner]]:
+def _find_unique_owners(entry: ParameterEntry) -> list[Owner]:
     seen: dict[str, Owner] = {}
-    for path, ref in entry.owners:
-        seen.setdefault(path, ref)
-    return list(seen.items())
+    for owner in entry.owners:
+        seen.setdefault(owner.path, owner)
+    return list(seen.values())
 
 
 def _find_biases(entries: list[ParameterEntry]) -> dict[int, list[ParameterEntry]]:
     """Find the biases that handled maps add, by the id of the weight's entry; they get no extra row."""
-    by_place = {(path, e.attribute): e for e in entries for path, _ in e.owners}
+    by_place = {(owner.path, e.attribute): e for e in entries for owner in e.owners}
     by_id = {id(e.parameter()): e for e in entries}
     found: dict[int, list[ParameterEntry]] = {}
     for entry in entries:
@@ -120,7 +118,7 @@ def _find_biases(entries: list[ParameterEntry]) -> dict[int, list[ParameterEntry
         added = [by_id.get(id(site.adds())) for site in entry.sites.values() if site.adds is not None]
         if not entry.sites and entry.expected and entry.attribute in ("weight", "in_proj_weight"):
             name = "in_proj_bias" if entry.attribute == "in_proj_weight" else "bias"
-            added = [by_place.get((path, name)) for path, _ in entry.owners]
+            added = [by_place.get((owner.path, name)) for owner in entry.owners]
         # a weight that calls add as well (a row of it) has a row of its own, and so has what is left alone
         known = [bias for bias in dict.fromkeys(added) if bias is not None]
         found[id(entry)] = [bias for bias in known if not bias.sites and not (bias.excluded and bias.trains)]
@@ -167,7 +165,7 @@ def _make_rows_of(
 
 def _explain_tie(entry: ParameterEntry, path: str) -> str:
     """Say of a later owner of a tied weight whose it is: the reason is about the first owner's kind."""
-    first, ref = entry.owners[0]
+    first, ref, _ = entry.owners[0]
     reason = entry.why_left or ""
     if path == first or reason.startswith("its weight is"):
         return ""
@@ -193,7 +191,8 @@ def _make_site_row(
         reason = "its weight is computed; the update goes on through autograd"
     # such uses are how a weight is computed
     others = [] if site.computed else [name for name in site.entry.used_by if name not in QUIET]
-    notes = f"; also used by {', '.join(others)}, whose part stays a plain gradient" if others else ""
+    part = "of which it learns nothing" if rule.remembers else "whose part stays a plain gradient"
+    notes = f"; also used by {', '.join(others)}, {part}" if others else ""
     if site.kept is not None:
         notes += f"; {site.kept[0]} of {site.kept[1]} rows counted in its last call"
     treatment, events = rule.describe(site.size) + frozen, health.of(site.name)
@@ -327,7 +326,7 @@ def _explain_use(entry: ParameterEntry) -> str:
     """Name the functions that use a weight which no captured call has used; "" if there are none."""
     if entry.sites or entry.computed_into is not None:
         return ""
-    module, parameter = entry.owners[0][1](), entry.parameter()
+    module, parameter = entry.owners[0].module(), entry.parameter()
     kind = "" if module is None or entry.attribute != "bias" else predict_kind(module, "weight")[0]
     if kind == "norm" and not entry.may_scale:
         return explain_kind(kind)  # as its weight, which the same calls use

@@ -23,7 +23,7 @@ class KnownLayers:
         self._places: dict[ParameterEntry, int] = {}
         self._sorted: list[LayerHandle] = []
         entries = list(entries)
-        self._by_place = {(id(ref()), entry.key): entry for entry in entries for _, ref in entry.owners}
+        self._by_place = {(id(owner.module()), owner.key): e for e in entries for owner in e.owners}
         for place, entry in enumerate(entries):
             self._places[entry] = place
             if not entry.why_left and entry.expected and not entry.is_original:
@@ -53,7 +53,7 @@ class KnownLayers:
         return all(other.is_like(site) for other in others if _do_overlap(other, site))
 
     def _add(self, name: str, entry: ParameterEntry, site: Site | None) -> None:
-        own_bias = self._by_place.get((id(entry.owners[0][1]()), find_bias_name(entry)))
+        own_bias = self._by_place.get((id(entry.owners[0].module()), find_bias_name(entry)))
         layer = self.by_name[name] = LayerHandle(name, entry, site, own_bias)
         layer.shares_bias = own_bias is not None and not _list_owners(own_bias) <= _list_owners(entry)
         self._sorted.clear()
@@ -84,7 +84,7 @@ class KnownLayers:
 
 
 def _list_owners(entry: ParameterEntry) -> set[int]:
-    return {id(ref()) for _, ref in entry.owners}
+    return {id(owner.module()) for owner in entry.owners}
 
 
 def _do_overlap(first: Site, second: Site) -> bool:

@@ -1,6 +1,5 @@
 """A layer with a running state: its sizes, and its parameters, which are looked up in each step."""
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -52,7 +51,10 @@ class LayerHandle:
         self.acts_alone = False
         self.counts_bias: bool | None = None
         self.shares_bias = False
-        self._module: weakref.ref[nn.Module] = entry.owners[0][1]
+        module = None if site is None else site.module
+        own = (owner for owner in entry.owners if module is not None and owner.module() is module)
+        self._owner = next(own, entry.owners[0])
+        self._module = self._owner.module
 
     @property
     def gone(self) -> bool:
@@ -70,12 +72,11 @@ class LayerHandle:
     @property
     def weight(self) -> nn.Parameter:
         """The parameter that the rule was attached to."""
-        module, weight = self._module(), self.entry.parameter()
-        current = None if module is None else module._parameters.get(self.entry.key)
+        weight, current = self.entry.parameter(), self._owner.find()
         sharding = self.entry.sharding
         stands_in = sharding is not None and current is sharding.whole
         if weight is None or current is None or not (current is weight or stands_in):
-            raise AttachError(explain_replaced(self.entry.layer), see="attach-optimizer")
+            raise AttachError(explain_replaced(self._owner.path), see="attach-optimizer")
         return cast(nn.Parameter, weight)
 
     @property

@@ -27,6 +27,7 @@ class RestingLayers:
         known: all layers, also those that have learned nothing or are frozen.
 
     Attributes:
+        layers: those whose updates the step makes.
         states: their states by name.
         memories: the tensors of these.
     """
@@ -38,7 +39,8 @@ class RestingLayers:
         marks: list[tuple[str, Tensor]],
         known: list[LayerHandle],
     ) -> None:
-        self._layers = layers
+        self.layers = layers
+        self._frozen = [layer for layer in known if not layer.entry.trains and not layer.gone]
         self._marks = {layer.name: (layer.entry, *mark) for layer, mark in zip(layers, marks, strict=True)}
         self._signs = [(layer, _sign(layer)) for layer in known]
         self.states = {layer.name: state for layer, state in zip(layers, states, strict=True)}
@@ -61,10 +63,14 @@ class RestingLayers:
         self._marks[name] = self._marks[name][0], *mark
         self.states[name], self.memories[name] = state, state.tensors
 
+    def has_frozen_gradients(self) -> bool:
+        """Return whether a frozen layer has a gradient, with which the optimizer will step it."""
+        return any(layer.is_in_place and layer.has_gradient for layer in self._frozen)
+
     def take_arrived(self) -> tuple[list[LayerHandle], list[LayerHandle]]:
         """Return the layers whose gradients have arrived since the last step, and the others."""
-        arrived = [layer for layer in self._layers if layer.entry.arrived]
-        absent = [] if len(arrived) == len(self._layers) else [e for e in self._layers if not e.entry.arrived]
+        arrived = [layer for layer in self.layers if layer.entry.arrived]
+        absent = [] if len(arrived) == len(self.layers) else [e for e in self.layers if not e.entry.arrived]
         for layer in arrived:
             layer.entry.arrived = False
         return arrived, absent

@@ -1,7 +1,7 @@
 """Layers of one shape, stacked: their matrices (gradients, or steps) and their states."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import is_not
 
 import torch
@@ -37,6 +37,7 @@ class Stack:
         like: one of these layers' updates.
         groups: g.
         scratch: gives the memory of a stack that is not kept.
+        state: the states of such a stack, which are kept.
 
     Attributes:
         places: as given.
@@ -45,10 +46,17 @@ class Stack:
         views: each layer's part of `matrices`, in the shapes of its weight and bias.
     """
 
-    def __init__(self, places: list[int], like: Update, groups: int, scratch: Scratch | None = None) -> None:
+    def __init__(
+        self,
+        places: list[int],
+        like: Update,
+        groups: int,
+        scratch: Scratch | None = None,
+        state: "StackedState | None" = None,
+    ) -> None:
         assert like.weight is not None
         self.places = places
-        self.state = StackedState()
+        self.state = StackedState() if state is None else state
         rows, width = like.weight.shape[0], like.weight[0].numel()
         dtype = torch.promote_types(like.weight.dtype, torch.float32)
         shape = len(places), groups, rows // groups, width + (like.bias is not None)
@@ -73,6 +81,7 @@ class StackedState(Mapping[str, Tensor]):
         self._states: Sequence[State] = []
         self._stacked: dict[str, tuple[list[Tensor], Tensor]] = {}
         self._current: dict[str, Tensor] = {}
+        self._derived: list[float] | None = None
 
     def holds(self, states: Sequence[State]) -> bool:
         """Return whether these are the states already."""
@@ -83,7 +92,14 @@ class StackedState(Mapping[str, Tensor]):
         if not self.holds(states):
             self._states = states
             self._current = {}
+            self._derived = None
         return self
+
+    def derive(self, make: Callable[[State], list[float]]) -> list[float]:
+        """Return what a function makes of the states; it is called again when these have changed."""
+        if self._derived is None:
+            self._derived = make(self)
+        return self._derived
 
     def __getitem__(self, key: str) -> Tensor:
         found = self._current.get(key)

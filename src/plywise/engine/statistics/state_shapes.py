@@ -15,14 +15,14 @@ def check_shapes(rule: StatefulContract, layer: LayerHandle, tensors: State) -> 
     if layer.gone or not layer.entry.dimensions:
         return trains
     found = {key: tuple(value.shape) for key, value in tensors.items()}
-    wanted = find_shapes(rule, layer)
+    wanted = _find_wanted(rule, layer, tensors)
     if layer.site is None and wanted != found:  # its calls may use the weight without the bias
         layer.expects_bias = False
-        layer.expects_bias = find_shapes(rule, layer) != found
-        wanted = find_shapes(rule, layer)
+        layer.expects_bias = _find_wanted(rule, layer, tensors) != found
+        wanted = _find_wanted(rule, layer, tensors)
     if wanted != found:
         with layer.with_bias(not trains):
-            if find_shapes(rule, layer) == found:
+            if _find_wanted(rule, layer, tensors) == found:
                 return not trains
     for key in sorted(wanted.keys() | found.keys()):
         mine, its = (shapes.get(key, "missing") for shapes in (wanted, found))
@@ -42,3 +42,9 @@ def find_shapes(rule: StatefulContract, layer: LayerHandle) -> dict[str, tuple[i
     shape = layer.shape
     wanted = {**rule.learned_shapes(shape), **rule.refreshed_shapes(shape)}
     return {key: tuple(size) for key, size in wanted.items()}
+
+
+def _find_wanted(rule: StatefulContract, layer: LayerHandle, tensors: State) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that these statistics should have; those of an earlier version may lack some."""
+    shapes = find_shapes(rule, layer)
+    return {key: size for key, size in shapes.items() if key in tensors or key not in rule.later_statistics}

@@ -6,8 +6,6 @@ of the block the forward is left by an exception. So the model's own code makes 
 from the model's inputs, which are carried along with the signal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,8 +135,7 @@ def find_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def find_output(output: Any) -> Tensor:
     """The activations in what a layer returns: the tensor, or the first one of a tuple."""
-    value: Tensor = output if isinstance(output, Tensor) else output[0]
-    return value
+    return output if isinstance(output, Tensor) else output[0]
 
 
 class SpineBlock(nn.Module):
@@ -347,7 +344,6 @@ def _find_used(
 
 
 def _find_signal(model: nn.Module, spine: Spine, example: Batch) -> Tensor:
-    """What comes out of the layers."""
     block = SpineBlock(model, SpineUnit(spine, 0, len(spine.names) + 1)).eval()
     with torch.no_grad():
         return block(list_tensors(example)[0], clone_batch(example)).detach()

@@ -63,8 +63,7 @@ def run_rule(rule: Rule, kind: str, first: str, rank: int) -> dict[str, Any]:
         train(wrapped, optimizer, make_batch(SHAPES[kind], seed=40 + 2 * step + rank), 1)
     seen["weights"] = copy_weights(model)
     x, y = make_batch(SHAPES[kind])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         train(wrapped, optimizer, (x * float("nan") if rank else x, y), 1)
     seen["after NaN"], seen["skipped"] = copy_weights(model), rule.health.total(SKIPPED)
     train(wrapped, optimizer, make_batch(SHAPES[kind], seed=50 + rank), 1)

@@ -141,6 +141,16 @@ class Run:
         self.optimizer = optimizer or self.optimizer
         self.rule.attach(self.model, self.optimizer, **options)
 
+    def read_state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds, without a copy."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> "Run":
+        """Load what `read_state` gave; return this run."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return self
+
     def copy_memory(self) -> dict[str, Tensor]:
         """Copy all statistics."""
         return copy_memory(self.model, self.optimizer)

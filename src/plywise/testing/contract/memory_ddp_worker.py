@@ -5,8 +5,8 @@ import os
 import runpy
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,54 +84,34 @@ def take_half(data: Data, rank: int) -> Data:
 
 
 @dataclass
-class Replica:
+class Replica(Run):
     """A run of which this process has one half of each batch.
 
     Attributes:
-        run: the model, its optimizer, the rule.
         net: what is called: the model or its wrapper.
         averages: whether gradients are averaged by hand.
     """
 
-    run: Run
-    net: nn.Module
+    net: nn.Module = field(kw_only=True)
     averages: bool = False
 
     @classmethod
-    def start(
-        cls, rule: Rule, kind: str, way: str, seed: int = 1, state: dict[str, Any] | None = None
-    ) -> "Replica":
+    def start(cls, rule: Rule, kind: str, way: str, seed: int = 1) -> "Replica":
         build, shape = KINDS[kind]
         model = build(torch.float64, seed=seed).eval()  # batch norm keeps its own numbers for each rank
         optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
         net = WAYS[way](rule, model, optimizer)
-        if state is not None:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-        return cls(Run(model, optimizer, rule, shape), net, way == "process_group")
+        return cls(model, optimizer, rule, shape, way == "process_group", net=net)
 
     def make_data(self, number: int) -> Data:
-        return take_half(self.run.make_data(number), dist.get_rank())
+        return take_half(super().make_data(number), dist.get_rank())
 
-    def step(self, number: int, data: Data | None = None) -> None:
-        self.run.optimizer.zero_grad()
-        compute_loss(self.net, data or self.make_data(number)).backward()
+    def step_on(self, data: Data) -> None:
+        self.optimizer.zero_grad()
+        compute_loss(self.net, data).backward()
         if self.averages:
-            average(self.run.model)
-        self.run.optimizer.step()
-
-    def record(self, numbers: Iterable[int]) -> list[dict[str, Tensor]]:
-        """Take steps, and copy the state after each."""
-        found = []
-        for number in numbers:
-            self.step(number)
-            found.append(self.run.copy_state())
-        return found
-
-    def state(self) -> dict[str, Any]:
-        """Copy what a checkpoint holds."""
-        state = {"model": self.run.model.state_dict(), "optimizer": self.run.optimizer.state_dict()}
-        return copy.deepcopy(state)
+            average(self.model)
+        self.optimizer.step()
 
 
 # ---- what is run for every rule ---------------------------------------------------------------------
@@ -146,7 +126,6 @@ def stack_steps(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def record_steps(rule: Rule, kind: str, way: str) -> dict[str, Tensor]:
-    """Run a model, and copy its state after each step."""
     # DistributedDataParallel makes unequal starts equal
     replica = Replica.start(rule, kind, way, seed=1 if way == "process_group" else 1 + dist.get_rank())
     found = replica.record(range(STEPS))
@@ -159,10 +138,11 @@ def run_resumed(rule: Rule) -> dict[str, Any]:
     replica = Replica.start(rule, "mixed", "attach, wrap")
     replica.record(range(SAVED))
     saved: list[Any] = [None, None]
-    dist.all_gather_object(saved, replica.state())
+    dist.all_gather_object(saved, copy.deepcopy(replica.read_state()))
     rule.detach()
     rank = dist.get_rank()
-    replica = Replica.start(rule, "mixed", "attach, wrap", seed=100 + rank, state=saved[1 - rank])
+    replica = Replica.start(rule, "mixed", "attach, wrap", seed=100 + rank)
+    replica.load(saved[1 - rank])
     found = {"saved": saved[rank], "end": replica.record(range(SAVED, STEPS))[-1]}
     rule.detach()
     return found
@@ -173,14 +153,14 @@ def run_micro_batches(rule: Rule) -> dict[str, Tensor]:
     replica = Replica.start(rule, "mixed", "attach, wrap")
     found = []
     for number in range(STEPS):
-        replica.run.optimizer.zero_grad()
+        replica.optimizer.zero_grad()
         x, y = replica.make_data(number)
         with replica.net.no_sync():
             for row in range(HALF - 1):
                 (compute_loss(replica.net, (x[row : row + 1], y[row : row + 1])) / HALF).backward()
         (compute_loss(replica.net, (x[HALF - 1 :], y[HALF - 1 :])) / HALF).backward()
-        replica.run.optimizer.step()
-        found.append(replica.run.copy_state())
+        replica.optimizer.step()
+        found.append(replica.copy_state())
     rule.detach()
     return stack_steps(found)
 
@@ -229,10 +209,9 @@ def run_poisoned(rule: Rule) -> dict[str, Any]:
     replica = Replica.start(rule, "mlp", "attach, wrap")
     found: dict[str, Any] = {"before": replica.record(range(SAVED))[-1]}
     x, y = replica.make_data(SAVED)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        replica.step(SAVED, (x * float("nan") if dist.get_rank() else x, y))
-    found["after"], found["skipped"] = replica.run.copy_state(), rule.health.total(SKIPPED)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        replica.step_on((x * float("nan") if dist.get_rank() else x, y))
+    found["after"], found["skipped"] = replica.copy_state(), rule.health.total(SKIPPED)
     found["end"] = replica.record(range(SAVED, STEPS))[-1]
     rule.detach()
     return found
@@ -242,7 +221,7 @@ def run_alone(rule: Rule, group: Any) -> dict[str, Any]:
     """Let several processes train separately: without any group, or each with its own group."""
     model = make_mlp(torch.float64)
     net = model if group is None else DistributedDataParallel(model, process_group=group)
-    replica = Replica(Run.begin(rule, model), net)
+    replica = Replica(**vars(Run.begin(rule, model)), net=net)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         end = replica.record(range(STEPS))[-1]
@@ -274,11 +253,12 @@ def run_shared_out(whole: bool = False) -> dict[str, Any]:
     model = nn.Sequential(*(part for _ in range(DEEP) for part in (nn.Linear(6, 6), nn.Tanh()))).double()
     rule = Counted(left=0.5, right=0.5, stats_every=1, refresh_every=2)
     run = Run.begin(rule, model)
-    replica = None if whole else Replica(run, DistributedDataParallel(model))
+    if not whole:
+        run = Replica(**vars(run), net=DistributedDataParallel(model))
     refreshed, found = [], []
     for number in range(STEPS):
         REFRESHED.clear()
-        (replica or run).step(number)
+        run.step(number)
         refreshed.append(sorted(REFRESHED))
         found.append(run.copy_state())
     rule.detach()

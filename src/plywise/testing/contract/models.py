@@ -98,6 +98,23 @@ def train(
     return losses
 
 
+def step_by_closure(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor], by_keyword: bool = False
+) -> None:
+    """Take a step with a closure that computes loss and gradients."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = compute_loss(model, data)
+        loss.backward()
+        return loss
+
+    if by_keyword:
+        optimizer.step(closure=closure)
+    else:
+        optimizer.step(closure)
+
+
 def save_and_load(value: Any, weights_only: bool = True) -> Any:
     """Write a value as torch does, and read it."""
     file = io.BytesIO()

@@ -110,8 +110,7 @@ def test_grad_scaler_skips_an_overflow(case: Case, optimizer_name: str) -> None:
     def step(factor: float) -> None:
         optimizer.zero_grad()
         scaler.scale(compute_loss(model, data) * factor).backward()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # fused optimizers are skipped by the guard
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # fused: of the guard
             scaler.step(optimizer)
         scaler.update()
 

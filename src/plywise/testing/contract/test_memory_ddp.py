@@ -54,7 +54,6 @@ def pair(memory_case: Case, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def start_whole(case: Case, kind: str, seed: int = 1) -> Run:
-    """Start the run in one process."""
     run = start(case, kind, seed, torch.float64)
     run.model.eval()
     return run
@@ -103,8 +102,7 @@ def test_one_process_goes_on_from_what_either_saved(
     memory_case: Case, pair: list[dict[str, Any]], rank: int
 ) -> None:
     run, seen = start_whole(memory_case, "mixed", seed=100), pair[rank]["resumed"]
-    run.model.load_state_dict(seen["saved"]["model"])
-    run.optimizer.load_state_dict(seen["saved"]["optimizer"])
+    run.load(seen["saved"])
     assert_close(run.record(range(SAVED, STEPS))[-1], seen["end"], TOLERANCE)
 
 

@@ -50,8 +50,7 @@ def step_without_backward(run: Run, data: Data) -> None:
 
 
 def step_skipped_for_a_nan(run: Run, data: Data) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         run.step_on((data[0] * float("nan"), data[1]))
     run.optimizer.zero_grad()
 
@@ -60,8 +59,7 @@ def step_skipped_for_an_infinity_in_one_layer(run: Run, data: Data) -> None:
     run.optimizer.zero_grad()
     compute_loss(run.model, data).backward()
     next(run.model.parameters()).grad.view(-1)[0] = float("inf")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
         run.optimizer.step()
     run.optimizer.zero_grad()
 
@@ -215,8 +213,7 @@ def test_a_grad_scaler_that_skips(memory_case: Case, fused: bool) -> None:
             for factor in (float("inf"), 1.0) if number in overflows else (1.0,):
                 run.optimizer.zero_grad()
                 scaler.scale(compute_loss(run.model, run.make_data(number)) * factor).backward()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)  # fused: skipped by the guard
+                with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of the guard
                     scaler.step(run.optimizer)
                 scaler.update()
             results.append(run.copy_state())

@@ -24,6 +24,7 @@ from plywise.testing.contract.models import (
     have_same_bits,
     make_batch,
     make_mlp,
+    step_by_closure,
 )
 from plywise.testing.contract.test_unmodified import list_hooks
 
@@ -52,19 +53,6 @@ class _Nothing:
         return self
 
 
-def with_closure(run: Run, number: int, by_keyword: bool) -> None:
-    def closure() -> Tensor:
-        run.optimizer.zero_grad()
-        loss = compute_loss(run.model, run.make_data(number))
-        loss.backward()
-        return loss
-
-    if by_keyword:
-        run.optimizer.step(closure=closure)
-    else:
-        run.optimizer.step(closure)
-
-
 @pytest.mark.parametrize("make", [SGD, Adam])
 @pytest.mark.parametrize("by_keyword", [False, True])
 def test_a_closure_is_backward_and_step(memory_case: Case, make: type[Optimizer], by_keyword: bool) -> None:
@@ -73,7 +61,7 @@ def test_a_closure_is_backward_and_step(memory_case: Case, make: type[Optimizer]
         run = use_optimizer(start(memory_case), lambda p: make(p, lr=0.02))
         for number in range(4):
             if closed:
-                with_closure(run, number, by_keyword)
+                step_by_closure(run.model, run.optimizer, run.make_data(number), by_keyword)
             else:
                 run.step(number)
         ends.append(run.copy_state())
@@ -94,7 +82,7 @@ def test_lbfgs(memory_case: Case, search: str | None) -> None:
     run = use_optimizer(start(memory_case), lambda p: LBFGS(p, lr=0.1, max_iter=3, line_search_fn=search))
     before = compute_loss(run.model, run.make_data(0)).item()
     for _ in range(4):
-        with_closure(run, 0, by_keyword=False)
+        step_by_closure(run.model, run.optimizer, run.make_data(0))
         assert are_finite(run.copy_state())
     assert compute_loss(run.model, run.make_data(0)).item() < before
     assert not run.rule.health.counts

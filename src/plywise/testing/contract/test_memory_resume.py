@@ -27,19 +27,9 @@ State = dict[str, Any]
 ROADS: dict[str, Callable[[State], State]] = {"file": save_and_load, "deepcopy": copy.deepcopy}
 
 
-def read_state(run: Run) -> State:
-    return {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
-
-
 def copy_saved_in(run: Run, state: State) -> dict[str, Tensor]:
     """Copy the statistics in a state dict of a run's optimizer."""
     return copy_saved_memory(run.model, run.optimizer, state)
-
-
-def load(run: Run, state: State) -> Run:
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    return run
 
 
 @pytest.mark.parametrize(
@@ -62,22 +52,22 @@ def test_broken_off_and_resumed_after_every_step(
     for number, expected in enumerate(unbroken):
         run.step(number)
         assert have_same_bits(run.copy_state(), expected), number
-        state = ROADS[road](read_state(run))
+        state = ROADS[road](run.read_state())
         run.rule.detach()
         # another start, and now and then a rule that remembers something else
-        run = load(start(memory_case, kind, 100 + number, dtype, steps=number % 3), state)
+        run = start(memory_case, kind, 100 + number, dtype, steps=number % 3).load(state)
         assert have_same_bits(run.copy_state(), expected), number
 
 
 def test_one_state_starts_several_runs(memory_case: Case) -> None:
-    state, ends = copy.deepcopy(read_state(start(memory_case, steps=3))), []
+    state, ends = copy.deepcopy(start(memory_case, steps=3).read_state()), []
     saved = copy.deepcopy(state)
     for _ in range(2):
         mine = copy.deepcopy(state)  # torch trains on with the very momenta that it loaded
         for index, own in state["optimizer"]["state"].items():  # but on no tensor of ours
             ours = {key: value for key, value in own.items() if str(key).startswith("plywise.")}
             mine["optimizer"]["state"][index].update(ours)
-        run = load(start(memory_case, seed=9), mine)
+        run = start(memory_case, seed=9).load(mine)
         ends.append(run.record(range(3, 6))[-1])
     assert have_same_bits(*ends)
     assert have_same_bits(copy_saved_in(run, state["optimizer"]), copy_saved_in(run, saved["optimizer"]))
@@ -100,12 +90,12 @@ def test_gradients_of_before_the_load_do_not_count(memory_case: Case) -> None:
     ends = []
     for disturbed in (False, True):
         run = start(memory_case, steps=3)
-        state = copy.deepcopy(read_state(run))
+        state = copy.deepcopy(run.read_state())
         if disturbed:
             run.step(20)
             run.optimizer.zero_grad()
             run.backward(21)
-        load(run, state)
+        run.load(state)
         run.step(3)
         ends.append(run.copy_state())
     assert have_same_bits(*ends)
@@ -119,10 +109,10 @@ def test_loading_into_a_model_of_another_dtype(
     memory_case: Case, dtype: torch.dtype, kept: torch.dtype, tolerance: float
 ) -> None:
     run = start(memory_case, steps=4)
-    state = copy.deepcopy(read_state(run))
+    state = copy.deepcopy(run.read_state())
     other = start(memory_case, seed=9)
     other.model.to(dtype)
-    load(other, state)
+    other.load(state)
     assert have_same_bits(other.copy_memory(), copy_saved_in(run, state["optimizer"]))
     for number in range(4, 8):
         run.step(number)
@@ -134,7 +124,7 @@ def test_loading_into_a_model_of_another_dtype(
 
 
 def test_frozen_between_load_and_step(memory_case: Case) -> None:
-    run = load(start(memory_case, seed=9), copy.deepcopy(read_state(start(memory_case, steps=4))))
+    run = start(memory_case, seed=9).load(copy.deepcopy(start(memory_case, steps=4).read_state()))
     run.model[2].bias.requires_grad_(False)
     assert all(map(are_finite, run.record(range(4, 7))))
     assert not run.rule.health.counts
@@ -233,9 +223,9 @@ def test_no_memory(memory_case: Case) -> None:
 
 def test_states_of_before_the_first_step(memory_case: Case) -> None:
     run = start(memory_case)
-    state = copy.deepcopy(read_state(run))
+    state = copy.deepcopy(run.read_state())
     other = start(memory_case, seed=9, steps=3)
-    load(other, state)
+    other.load(state)
     assert have_same_bits(run.record(range(4))[-1], other.record(range(4))[-1])
 
 
@@ -261,9 +251,9 @@ def test_two_rules_on_one_optimizer(memory_case: Case, same: bool, turned: bool)
     second = memory_case.make if same else (lambda: Foof(stats_every=1, refresh_every=2))
     run = pair(memory_case, second)
     run.record(range(3))
-    state = save_and_load(read_state(run))
+    state = save_and_load(run.read_state())
     assert len(state["optimizer"]["plywise"]["rules"]) == 2
-    other = load(pair(memory_case, second, turned), state)
+    other = pair(memory_case, second, turned).load(state)
     for number in range(3, 6):
         run.step(number)
         other.step(number)

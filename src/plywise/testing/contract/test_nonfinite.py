@@ -25,6 +25,7 @@ from plywise.testing.contract.models import (
     make_batch,
     make_convnet,
     make_mlp,
+    step_by_closure,
     train,
 )
 
@@ -186,31 +187,15 @@ def test_closures_are_guarded(rule: Rule, kind: str, by_keyword: bool) -> None:
         "lbfgs-wolfe": lambda p: LBFGS(p, lr=0.01, max_iter=3, line_search_fn="strong_wolfe"),
     }[kind](model.parameters())
     rule.attach(model, optimizer)
-    losses = []
-
-    def step(data: Data) -> None:
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = compute_loss(model, data)
-            loss.backward()
-            losses.append(float(loss.detach()))
-            return loss
-
-        if by_keyword:
-            optimizer.step(closure=closure)
-        else:
-            optimizer.step(closure)
-
     start = copy_weights(model)
-    step(make_batch())
+    step_by_closure(model, optimizer, make_batch(), by_keyword)
     before = copy_weights(model)
-    assert losses
     assert not have_same_bits(before, start)
     with pytest.warns(RuntimeWarning, match="not finite"):
-        step(make_poisoned(float("nan")))
+        step_by_closure(model, optimizer, make_poisoned(float("nan")), by_keyword)
     assert have_same_bits(copy_weights(model), before)
     assert rule.health.total(SKIPPED) >= 1
-    step(make_batch())
+    step_by_closure(model, optimizer, make_batch(), by_keyword)
     assert are_finite(copy_weights(model))
     assert not have_same_bits(copy_weights(model), before)
 
@@ -237,8 +222,7 @@ def test_step_without_gradients(rule: Rule) -> None:
     optimizer = SGD(model.parameters(), lr=0.1)
     rule.attach(model, optimizer)
     before = copy_weights(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         optimizer.step()
     assert have_same_bits(copy_weights(model), before)
 

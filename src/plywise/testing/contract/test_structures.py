@@ -31,8 +31,7 @@ STRUCTURE = pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.nam
 def attach_strictly(
     rule: Rule, model: nn.Module, optimizer: torch.optim.Optimizer | None, structure: Structure
 ) -> Rule:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         return attach(rule, model, optimizer, warm=lambda: structure.compute_loss(model, 2))
 
 
