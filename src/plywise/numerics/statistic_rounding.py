@@ -26,7 +26,8 @@ def estimate_entry_rounding(lower: Tensor, dtype: torch.dtype, rows: Tensor | fl
     squares, trace = lower.square().sum((1, 2)), lower.diagonal(dim1=1, dim2=2).sum(1)
     beside = squares - lower.diagonal(dim1=1, dim2=2).square().sum(1)
     cosine = 2 * beside / trace.square()  # the mean square of that of two columns
-    length = torch.as_tensor(rows).to(trace).clamp(SHORTEST_SUM, LONGEST_SUM) / LONGEST_SUM
+    count = torch.as_tensor(rows, dtype=trace.dtype, device=trace.device)
+    length = count.clamp(SHORTEST_SUM, LONGEST_SUM) / LONGEST_SUM
     factor = MIXED_SIGNS**2 + EQUAL_SIGNS**2 * length * cosine / (1 + 3 * cosine)
     return factor.sqrt() * (torch.finfo(dtype).eps / 2) * trace / lower.shape[1]
 
