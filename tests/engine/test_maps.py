@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import plywise as pw
 from plywise import LinearCall
+from plywise.engine import health
 
 FORM = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 LAMBDA = 0.5
@@ -175,5 +176,6 @@ def test_rules_with_running_state_train_every_form(form: Form, name: str) -> Non
         with refused:
             gradients(form, model, torch.float32)
         return
-    assert not rule.health.counts
+    # the last layer has one row: its gradient's rounding may be all that a root amplifies
+    assert {event for _, event in rule.health.counts} <= {health.ROUNDING}
     assert all(torch.isfinite(p).all() for p in model.parameters())

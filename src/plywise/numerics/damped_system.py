@@ -105,8 +105,8 @@ class DampedSystem:
         """
         shift = as_column(damping, gram)
         diagonal = gram.diagonal(dim1=1, dim2=2)
-        # a negative square length is the rounding of what was subtracted: of 1 / eps times as much, at least
-        energy, norm = torch.maximum(diagonal, diagonal * (-1 / torch.finfo(gram.dtype).eps)), None
+        # a negative square length is rounding: of 1 / eps times as much, and more (`MIXED_SIGNS` is below 1)
+        energy, norm = torch.maximum(diagonal, diagonal * (-8 / torch.finfo(gram.dtype).eps)), None
         before = diagonal.clone()
         if subtract is not None:
             norm = torch.linalg.vector_norm(gram.flatten(1), dim=1)

@@ -201,7 +201,7 @@ def _join(call: LinearCall, x: Tensor, bias: Tensor) -> Update:
 
 def _expand_with_bias(call: LinearCall, centred: Centred, y: Tensor, bias: Tensor) -> Update:
     """``X = CᵀY + mean bᵀ`` of a dual solution: in float32, where to round Y changes X little."""
-    if y.dtype != call.dtype:
+    if y.dtype != call.dtype and not call.map.rounds_rows:
         narrow = y.to(call.dtype)
         update = _expand_with_bias(call, centred, narrow, bias.to(call.dtype))
         rows, mean = centred(call.dtype)
