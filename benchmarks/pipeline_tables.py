@@ -49,6 +49,14 @@ def write_pipeline_schedules(_: str) -> str:
     return format_table(["", "samples a second", "of 1F1B's, round by round"], rows)
 
 
+def write_pipeline_tokens(_: str) -> str:
+    """Write the samples per second of local next token in two stages, and of what it is compared with."""
+    figures = read_figures("pipeline")["tokens"]
+    over = {name: f"{ratio:.2f}" for name, ratio in figures["pipeline_over"].items()}
+    rows = [[name, f"{rate:.3g}", over.get(name, "")] for name, rate in figures["samples_per_second"].items()]
+    return format_table(["", "samples a second", "pipeline over it, round by round"], rows)
+
+
 def write_bridges(_: str) -> str:
     """Write the accuracy with the bridges of the pipeline."""
     data = [read_figures("bridges")["data"][name] for name in ("mnist", "fashion_mnist")]
@@ -63,6 +71,7 @@ def write_bridges(_: str) -> str:
 TABLES: dict[str, Callable[[str], str]] = {
     "pipeline": write_pipeline,
     "pipeline-schedules": write_pipeline_schedules,
+    "pipeline-tokens": write_pipeline_tokens,
     "bridges": write_bridges,
 }
 """The tables by their name in the page."""

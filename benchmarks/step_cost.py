@@ -63,8 +63,8 @@ def make_convnet() -> nn.Sequential:
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "8-64-64-2, batch 64": (lambda: make_mlp(8, 64, 64, 2), (64, 8)),
     "64-128-128-128-10, batch 128": (lambda: make_mlp(64, 128, 128, 128, 10), (128, 64)),
-    "3072-4000-1000-4000-10, batch 500": (lambda: make_mlp(3072, 4000, 1000, 4000, 10), (500, 3072)),
     "784-1024-1024-10, batch 256": (lambda: make_mlp(784, 1024, 1024, 10), (256, 784)),
+    "3072-4000-1000-4000-10, batch 500": (lambda: make_mlp(3072, 4000, 1000, 4000, 10), (500, 3072)),
     "ConvNet 16-20-20 of 5×5, batch 500": (make_convnet, (500, 3, 32, 32)),
 }
 
