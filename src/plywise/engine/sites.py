@@ -95,10 +95,9 @@ class ParameterEntry:
     compares: bool = False
     answer: tuple[int, Tensor] | None = None
 
-    def add_answer(self, answer: Tensor) -> None:
-        """Remember what the running backward pass sends to the parameter, if that is no part of it."""
-        parameter = self.parameter()
-        if parameter is None or answer.shape != parameter.shape:
+    def add_answer(self, answer: Tensor, weight: Tensor) -> None:
+        """Remember what the running backward pass sends to the parameter, if ``weight`` is all of it."""
+        if weight is not self.parameter() or answer.shape != weight.shape:
             self.compares, self.answer = False, None
             return
         task = torch._C._current_graph_task_id()

@@ -26,8 +26,9 @@ class ProxProp(Rule):
         convolutions (plain and transposed), experts, bilinear maps, attention's projections. Embeddings
         and norms where ``attach(kinds=...)`` names them: on the character transformer they raise the
         validation loss from 2.39 to 2.49 (benchmarks/README.md). `explain` says what is left alone, and why.
-    Cost: a Gram of rows or inputs, whichever are fewer, its inverse, and one product: 1.28 to 1.84 of a plain
-        step on wide networks and a ConvNet, 4.7 where a plain step takes less than a millisecond
+    Cost: a Gram of rows or inputs, whichever are fewer, its inverse, and one product: 1.32 to 1.84 of a plain
+        step on wide networks and a ConvNet, 4.6 where a plain step takes less than a millisecond; by three
+        conjugate gradient steps 2.0 to 3.0, and 5.0 on the ConvNet, where they are repeated in float64
         (benchmarks/README.md, by `python benchmarks/step_cost.py`).
     Status: faithful with ``last_layer="explicit"``, as in the paper; our default solves the last layer, too.
         ``solver="exact"`` solves for the update itself; the published code subtracts two weights in float32,

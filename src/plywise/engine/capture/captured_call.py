@@ -200,7 +200,7 @@ def _fit(
         if of_weight.dtype is not weight.dtype:
             of_weight = of_weight.to(weight.dtype)
         if site.entry.compares:
-            site.entry.add_answer(of_weight)
+            site.entry.add_answer(of_weight, weight)
     if wants_bias:
         of_bias = update.bias
         if of_bias is None:  # the bias is no part of the local problem: it gets its plain gradient

@@ -345,6 +345,7 @@ def test_a_forward_set_on_the_module_itself_is_captured(case: Case, rule: Rule) 
         assert_close(found, compute_gradients(model, data))
 
 
+@pytest.mark.filterwarnings("ignore:.*did not pass through the rule:RuntimeWarning")
 def test_functions_of_a_weight_outside_its_layer(rule: Rule) -> None:
     # a penalty reaches the weight by another road, in the same backward: both add up
     model, data = make_mlp(), make_batch()
