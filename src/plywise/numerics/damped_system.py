@@ -107,11 +107,10 @@ class DampedSystem:
         diagonal = gram.diagonal(dim1=1, dim2=2)
         # a negative square length is rounding: of 1 / eps times as much, and more (`MIXED_SIGNS` is below 1)
         energy, norm = torch.maximum(diagonal, diagonal * (-8 / torch.finfo(gram.dtype).eps)), None
-        before = diagonal.clone()
         if subtract is not None:
             norm = torch.linalg.vector_norm(gram.flatten(1), dim=1)
             gram.baddbmm_(subtract[0].unsqueeze(2), subtract[1].unsqueeze(1), alpha=-1)
-            before = diagonal.clone()
+        before = diagonal.clone()
         diagonal.add_(shift)
         return cls(gram, right, before, energy, shift, dual, norm)
 
