@@ -120,6 +120,22 @@ def test_more_seeds_add_runs_and_fewer_leave_them_out(tmp_path):
     assert experiment["arms"][0]["low"] is None
 
 
+def test_some_arms_are_run_first_and_the_rest_later(tmp_path):
+    some = Reproduction(MINE, SMALL, 2, tmp_path, arms=("slow", "w?ld"))
+    list(some.run(ProcessExecutor(1)))
+    assert some.done == some.total == 4
+    assert {one["method"] for one in read_final_runs(tmp_path)} == {"slow", "wild"}
+    about = some.summarize()
+    assert about["unfinished"] == Reproduction(MINE, SMALL, 2, tmp_path).total - 4 > 0
+    other = Reproduction(MINE, SMALL, 2, tmp_path, arms=("tuned",))
+    assert other.done == 0
+    list(other.run(ProcessExecutor(1)))
+    (experiment,) = other.summarize()["experiments"]
+    assert {arm["arm"] for arm in experiment["arms"]} == {"slow", "tuned", "wild"}
+    with pytest.raises(PlywiseError, match=r"No arm is called .fast.\. There are: .slow., .tuned., .wild."):
+        Reproduction(MINE, SMALL, 2, tmp_path, arms=("fast",))
+
+
 def test_other_settings_are_refused(tmp_path):
     run(MINE, 1, tmp_path)
     with pytest.raises(StateError, match=r"slow, with other settings: .*'widths': \[8\].* not .*\[16\]"):

@@ -33,6 +33,7 @@ def reproduce(
     data: Literal["paper", "digits"] = "paper",
     seeds: int = 3,
     only: str = "",
+    arms: str = "",
     out: Path = Path("runs/reproduce"),
     device: str = "cpu",
     workers: int | None = None,
@@ -56,6 +57,8 @@ def reproduce(
         plywise reproduce proxprop
         plywise reproduce associated-learning --dry-run
         plywise reproduce proxprop --only convnet --size full --device cuda
+        # some of many runs, the rest another day
+        plywise reproduce proxprop --size middle --arms "BackProp, cg3* = 1"
 
     Args:
         paper: proxprop, associated-learning, back-matching or consequentialism; or module:name of a
@@ -66,6 +69,8 @@ def reproduce(
             match, in about a minute. Papers with a claim that shows on these: proxprop.
         seeds: runs of each method.
         only: experiments of the paper, if not all.
+        arms: what is run of these: methods, as in cg3, or patterns of the names that are listed without a
+            paper, as in "cg3* = 1". Results are of all runs that the folder holds.
         out: folder; what is run goes into a folder of the paper's name in it.
         device: where it trains, as in cuda.
         workers: runs at once. Default: the cores over the threads; 1 on a GPU.
@@ -74,8 +79,8 @@ def reproduce(
         json: print papers or results as JSON; progress goes to standard error.
     """
     if paper is None:
-        if only:
-            raise CommandError("--only names experiments of a paper: say which paper.")
+        if only or arms:
+            raise CommandError("--only and --arms name parts of a paper: say which paper.")
         _list(json)
         return
     screen = notes(apart=json)
@@ -84,11 +89,11 @@ def reproduce(
     from plywise.arena.run.executor import ProcessExecutor
     from plywise.arena.run.job import require_device
 
-    names = [word.strip() for word in only.split(",") if word.strip()]
     if data == "digits" and size != "small":
         raise CommandError("--data digits has a size of its own: leave out --size.")
     size_name = data if data == "digits" else size
-    made = Reproduction(paper, size_name, seeds, out / find_paper(paper).name, names, device)
+    folder = out / find_paper(paper).name
+    made = Reproduction(paper, size_name, seeds, folder, _split(only), device, _split(arms))
     require_device(device)
     executor = ProcessExecutor(workers_for(device, threads) if workers is None else workers, threads)
     _announce(made, executor, screen)
@@ -96,6 +101,10 @@ def reproduce(
         return
     _run(made, executor, screen)
     _conclude(made, screen, json)
+
+
+def _split(words: str) -> list[str]:
+    return [word.strip() for word in words.split(",") if word.strip()]
 
 
 def _run(made: Reproduction, executor: ProcessExecutor, screen: Console) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from plywise._util.files import write_whole
 from plywise._util.plain_json import map_floats, round_digits
 from plywise._util.scratch import Scratch
 from plywise.arena.reproductions import find_paper, tables
-from plywise.arena.reproductions.experiment import DIGITS, MIDDLE, SIZE_WORDS, Experiment, Line
+from plywise.arena.reproductions.experiment import DIGITS, MIDDLE, SIZE_WORDS, Arm, Experiment, Line
 from plywise.arena.reproductions.source import ExperimentSource
 from plywise.arena.reproductions.summary import judge_claim, make_outcome
 from plywise.arena.run.config import TIMEOUT_S
@@ -42,9 +43,11 @@ class Reproduction:
         folder: where it is kept.
         only: names of experiments; all that have the size if empty.
         device: where training runs.
+        arms: which arms are run: their methods or patterns of their names, as in ``cg3* = 1``; all if empty.
+            What is summarised is all that the folder holds.
 
     Raises:
-        PlywiseError: there is no such paper, size or experiment.
+        PlywiseError: there is no such paper, size or experiment, or no such arm in any experiment.
         StateError: the folder holds runs with other settings.
     """
 
@@ -56,6 +59,7 @@ class Reproduction:
         folder: Path,
         only: Sequence[str] = (),
         device: str = "cpu",
+        arms: Sequence[str] = (),
     ) -> None:
         if size not in SIZE_WORDS or seeds < 1:
             raise BenchError(
@@ -71,18 +75,20 @@ class Reproduction:
         if lacking := next((one for one in self.experiments if size not in one.sizes), None):
             raise BenchError(f"{lacking.name} has no {size} size; it has: {', '.join(lacking.sizes)}.")
         self.ledger = Ledger(folder / "runs.jsonl")
-        self._runs = [(experiment, self._arrange(experiment)) for experiment in self.experiments]
+        self._runs = [(one, self._arrange(one, one.arms_at(size))) for one in self.experiments]
+        self._plan = [(one, self._arrange(one, self._choose_arms(one, arms))) for one in self.experiments]
+        self._refuse_unknown(arms)
         self._refuse_others()
 
     @property
     def total(self) -> int:
         """Runs of the whole plan."""
-        return sum(runs.total for _, runs in self._runs)
+        return sum(runs.total for _, runs in self._plan)
 
     @property
     def done(self) -> int:
         """Those that the ledger holds."""
-        return sum(runs.done for _, runs in self._runs)
+        return sum(runs.done for _, runs in self._plan)
 
     def measure(self, executor: Executor) -> float:
         """Estimate the seconds of the remaining runs from a few steps of each method, and set the time limit.
@@ -91,7 +97,7 @@ class Reproduction:
             PlywiseError: a method fails in its first steps.
         """
         slowest = 0.0
-        for experiment, runs in self._runs:
+        for experiment, runs in self._plan:
             if runs.done < runs.total:
                 with self._open_data(experiment, runs):
                     self._probe(experiment, runs, executor)
@@ -103,7 +109,7 @@ class Reproduction:
     def run(self, executor: Executor) -> Generator[Progress, None, None]:
         """Run the runs that the ledger does not hold; each run is kept when it ends."""
         with self.ledger.writing():
-            for experiment, runs in self._runs:
+            for experiment, runs in self._plan:
                 if runs.done < runs.total:
                     with self._open_data(experiment, runs):
                         for piece in runs.run(executor):
@@ -120,7 +126,7 @@ class Reproduction:
             "created": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "environment": environment(),
             "device": self.device,
-            "unfinished": self.total - self.done,
+            "unfinished": sum(runs.total - runs.done for _, runs in self._runs),
             "experiments": [self._summarize(*pair) for pair in self._runs],
         }
 
@@ -132,10 +138,24 @@ class Reproduction:
 
     # ---- runs --------------------------------------------------------------------------------------
 
-    def _arrange(self, experiment: Experiment) -> Runs:
+    def _choose_arms(self, experiment: Experiment, patterns: Sequence[str]) -> list[Arm]:
+        return [
+            arm
+            for arm in experiment.arms_at(self.size)
+            if not patterns or any(_is_called(arm, pattern) for pattern in patterns)
+        ]
+
+    def _refuse_unknown(self, patterns: Sequence[str]) -> None:
+        arms = [arm for experiment in self.experiments for arm in experiment.arms_at(self.size)]
+        for pattern in patterns:
+            if not any(_is_called(arm, pattern) for arm in arms):
+                names = ", ".join(f"{arm.name!r}" for arm in arms)
+                raise BenchError(f"No arm is called {pattern!r}. There are: {names}.")
+
+    def _arrange(self, experiment: Experiment, arms: Sequence[Arm]) -> Runs:
         """An experiment's runs: an arm with a choice of rates is tuned, and all are run with each seed."""
         source = ExperimentSource(self.paper, experiment.name, self.size)
-        methods = [source.find_method(arm.name) for arm in experiment.arms_at(self.size)]
+        methods = [source.find_method(arm.name) for arm in arms]
 
         def choose(lines: Sequence[TrialRecord], _: float | None) -> TrialRecord | None:
             tuned_by = experiment.measure.tuned_by
@@ -147,13 +167,15 @@ class Reproduction:
 
     def _probe(self, experiment: Experiment, runs: Runs, executor: Executor) -> None:
         """Measure one arm of each method: the others cost the same."""
-        (workload,) = runs.workloads
-        alike = {arm.method: arm.name for arm in experiment.arms_at(self.size)}
+        ((workload, methods),) = runs.methods.items()
+        planned = {method.name for method in methods}
+        arms = [arm for arm in experiment.arms_at(self.size) if arm.name in planned]
+        alike = {arm.method: arm.name for arm in arms}
         failures = runs.probe(executor, [(workload, arm) for arm in alike.values()])
         for (_, failed), why in failures.items():
             if not _is_outcome(why):
                 raise BenchError(f"{failed} failed: {why}.")
-        for arm in experiment.arms_at(self.size):
+        for arm in arms:
             runs.costs[workload, arm.name] = runs.costs[workload, alike[arm.method]]
 
     @contextmanager
@@ -181,7 +203,7 @@ class Reproduction:
                         )
 
     def _estimate_seconds(self, workers: int) -> float:
-        return sum(runs.seconds_left(workers) for _, runs in self._runs)
+        return sum(runs.seconds_left(workers) for _, runs in self._plan)
 
     def _summarize(self, experiment: Experiment, runs: Runs) -> dict[str, Any]:
         (workload,) = runs.workloads
@@ -209,6 +231,10 @@ class Reproduction:
             **{"size": size.about, "steps": size.steps, "arms": arms, "claims": claims},
             "seconds": sum(line["measuring"] + line["wall"][-1] for line in timed),
         }
+
+
+def _is_called(arm: Arm, pattern: str) -> bool:
+    return pattern == arm.method or fnmatchcase(arm.name, pattern)
 
 
 def _is_outcome(why: str) -> bool:
