@@ -72,3 +72,27 @@ def test_inputs_that_are_all_zero_make_no_move_and_no_event(solver: str) -> None
         )
         assert not move.any()
         assert not events
+
+
+@pytest.mark.parametrize("steps", [3, 5, 10])
+@pytest.mark.parametrize("offset", [0.5, 1.0, 10.0])
+def test_rows_with_an_offset_do_not_lose_steps_of_the_iteration(offset: float, steps: int) -> None:
+    # in float32 the direction of the mean, once removed, comes back from rounding and costs a step
+    torch.manual_seed(0)
+    x, delta, layer = torch.randn(256, 900) + offset, torch.randn(256, 200), nn.Linear(900, 200)
+    rule = pw.ProxProp(tau=10.0, solver="cg", cg_steps=steps)
+    move, events = solve(rule, layer, x, delta)
+    expected, _ = solve(rule, layer.double(), x.double(), delta.double())
+    assert relative(move.double(), expected) < 1e-4
+    assert events.keys() <= {health.FLOAT64}
+
+
+def test_many_positions_of_a_convolution_stay_in_float32() -> None:
+    torch.manual_seed(0)
+    x, layer = torch.randn(32, 8, 32, 32).relu(), nn.Conv2d(8, 16, 5, padding=2)
+    delta = torch.randn(32, 16, 32, 32)
+    rule = pw.ProxProp(solver="cg")
+    move, events = solve(rule, layer, x, delta)
+    assert not events
+    expected, _ = solve(rule, layer.double(), x.double(), delta.double())
+    assert relative(move.double(), expected) < 1e-4
