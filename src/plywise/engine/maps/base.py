@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from plywise.numerics.norms import compute_norm
 from plywise.numerics.products import centre_rows, compute_lower_product
 
 
@@ -152,7 +153,7 @@ class LinearMap(ABC):
         It is the mean factor by which a random vector's squared size changes on its way down; for a
         linear layer ``‖W‖²_F / d``.
         """
-        return torch.linalg.vector_norm(weight).square() / self.width(weight)
+        return compute_norm(weight).square() / self.width(weight)
 
 
 class LastAxisMap(LinearMap):
