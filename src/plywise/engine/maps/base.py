@@ -85,6 +85,14 @@ class LinearMap(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} leaves the gradient at its input to autograd")
 
+    def centred_weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """Compute ``ΔᵀA`` of a Δ whose columns sum to zero, from centred rows.
+
+        An offset of the inputs adds nothing to the product, and here it costs no digits either.
+        """
+        rows, _ = centre_rows(self.rows(a))
+        return (self.delta_rows(delta).mT @ rows).reshape(weight.shape)
+
     def bias_gradient(self, delta: Tensor) -> Tensor:
         """Compute ``Δᵀ1``, (g · m,): the gradient's sum over all rows."""
         return self.delta_rows(delta).sum(1).reshape(-1)
