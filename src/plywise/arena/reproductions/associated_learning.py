@@ -14,6 +14,7 @@ from plywise.arena.method import EndToEnd, Trainer
 from plywise.arena.methods.learners import LocalTraining
 from plywise.arena.reproductions.experiment import (
     FULL,
+    MIDDLE,
     SMALL,
     TEST_ACCURACY,
     Arm,
@@ -248,12 +249,10 @@ def _make_cifar_experiment(
         epochs=200,
         images=45_000,
     )
+    images = f"{cut}, n = 64, 6,000 training images (500 for validation, 2,000 for the test)"
     small_size = replace(  # two cores can run it
         full_size,
-        about=(
-            f"{cut}, n = 64, 6,000 training images (500 for validation, 2,000 for the test), 8 epochs: 1,496 "
-            "steps where full size takes 281,200; ten times its rates"
-        ),
+        about=f"{images}, 8 epochs: 1,496 steps where full size takes 281,200; ten times its rates",
         widths=cut_widths,
         epochs=8,
         images=6_000,
@@ -261,13 +260,20 @@ def _make_cifar_experiment(
         test=2_000,
         faster=10.0,
     )
+    middle_size = replace(
+        small_size,
+        about=f"{images}, 50 epochs: 9,350 steps where full size takes 281,200; ten times its rates",
+        epochs=50,
+    )
     return Experiment(
         name=f"cifar10-{network}",
         about=about,
         where=FROM_LOGS,
         measure=TEST_ACCURACY,
-        arms=tuple(replace(arm, begin=partial(augmented, arm.begin)) for arm in arms),
-        sizes={FULL: full_size, SMALL: small_size},
+        arms=tuple(
+            replace(arm, begin=partial(augmented, arm.begin), sizes=(FULL, MIDDLE, SMALL)) for arm in arms
+        ),
+        sizes={FULL: full_size, MIDDLE: middle_size, SMALL: small_size},
         claims=(Claim(AL, "BackProp"),),
         differences=(*DIFFERENCES, *LOGS, *more),
     )
