@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import plywise as pw
 from plywise.engine import health
+from plywise.engine.call import LinearCall, Update
 
 SIZES = [(40, 9), (150, 33), (8, 33), (40, 80)]
 
@@ -96,3 +97,20 @@ def test_many_positions_of_a_convolution_stay_in_float32() -> None:
     assert not events
     expected, _ = solve(rule, layer.double(), x.double(), delta.double())
     assert relative(move.double(), expected) < 1e-4
+
+
+def test_a_gradient_for_solves_is_added_up_in_short_chains() -> None:
+    # torch adds up all positions of a batch in one chain, whose rounding is about 1e-5 here
+    torch.manual_seed(0)
+    x, layer, delta = torch.randn(200, 3, 32, 32), nn.Conv2d(3, 8, 5, padding=2), torch.randn(200, 8, 32, 32)
+    found = []
+
+    class Keeping(pw.Backprop):
+        def update(self, call: LinearCall) -> Update:
+            found.append(call.precise_gradient(delta).weight)
+            return super().update(call)
+
+    move_of(Keeping(), layer, x, delta)
+    wide = nn.Conv2d(3, 8, 5, padding=2).double()
+    wide(x.double()).backward(delta.double())
+    assert relative(found[0].double(), wide.weight.grad) < 3e-6

@@ -134,7 +134,7 @@ def _build(call: LinearCall, dual: bool, dtype: torch.dtype) -> tuple[Tensor, Te
     """The system without a bias, in a dtype."""
     if dual:
         return call.dual_gram(dtype), call.delta_rows(dtype)
-    return call.gram(dtype), call.matrix(call.gradient(call.delta.to(dtype))).mT
+    return call.gram(dtype), call.matrix(call.precise_gradient(call.delta.to(dtype))).mT
 
 
 def _centre_delta(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -171,8 +171,11 @@ def _build_centred(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor
     a = call.cast_input(dtype)
     gram, mean = call.map.centred_gram(a)
     # the columns of Δ sum to zero, so that the mean of the rows drops out of the product
-    has_offset = call.row_count * mean.square() > SMALL_OFFSET * gram.diagonal(dim1=1, dim2=2)
-    find = call.map.centred_weight_gradient if bool(has_offset.any()) else call.map.weight_gradient
+    offset, spread = call.row_count * mean.square(), gram.diagonal(dim1=1, dim2=2)
+    if dtype == torch.float64 and bool((offset > LARGEST_OFFSET[dtype] * spread).any()):
+        return _multiply_out(call, dtype)
+    has_offset = bool((offset > SMALL_OFFSET * spread).any())
+    find = call.map.centred_weight_gradient if has_offset else call.map.precise_weight_gradient
     gradient = find(a, delta, call.weight).to(dtype)
     return gram.to(dtype), call.matrix(Update(gradient, None)).mT, mean.to(dtype), mean_delta
 

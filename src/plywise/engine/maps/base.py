@@ -44,6 +44,9 @@ class LinearMap(ABC):
     rounds_rows: ClassVar[bool] = False
     """Whether A is computed from the input with rounding, so that the input in float64 gives a better A."""
 
+    longest_chain: ClassVar[int] = 512
+    """Products that `precise_weight_gradient` adds up one after another: the blocks of a matrix product."""
+
     groups: int
     """Number of independent linear maps side by side, as in a grouped convolution; 1 for most maps."""
 
@@ -76,6 +79,10 @@ class LinearMap(ABC):
         """Compute ``ΔᵀA`` in the shape of the weight: the gradient that autograd computes."""
         rows = self.rows(self.cast(a, delta.dtype))
         return (self.delta_rows(delta).mT @ rows).reshape(weight.shape)
+
+    def precise_weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """Compute ``ΔᵀA`` in chains of at most `longest_chain` sums, for solves, which multiply rounding."""
+        return self.weight_gradient(a, delta, weight)
 
     def input_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """Compute ``ΔW`` in the shape of ``a``, for maps that send it below themselves.

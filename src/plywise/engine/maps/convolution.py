@@ -48,6 +48,7 @@ class Convolution(LinearMap):
     groups: int
     kind: ClassVar[str] = "conv"
     sends_below: ClassVar[bool] = True
+    longest_chain: ClassVar[int] = 2**14
 
     @property
     def geometry(self) -> Geometry:
@@ -90,6 +91,15 @@ class Convolution(LinearMap):
         """Compute ``ΔᵀA`` by the backward pass that autograd itself runs."""
         return self._run_backward(a, delta, weight, (False, True, False))[1]
 
+    def precise_weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """Compute it for parts of the batch: torch adds up all positions of a batch in a single chain."""
+        count = max(self.longest_chain // max(math.prod(delta.shape[2:]), 1), 1)
+        if len(a) <= count or delta.dtype == torch.float64 or delta.device.type != "cpu":
+            return self.weight_gradient(a, delta, weight)
+        parts = zip(a.split(count), delta.split(count), strict=True)
+        gradients = [self.weight_gradient(x, d, weight).double() for x, d in parts]
+        return torch.stack(gradients).sum(0).to(delta.dtype)
+
     def centred_weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """Compute it by the backward pass of an input whose channels are centred.
 
@@ -98,7 +108,7 @@ class Convolution(LinearMap):
         """
         axes, wide = [0, *range(2, a.dim())], torch.float64 if a.device.type != "mps" else a.dtype
         mean = a.mean(axes, keepdim=True)
-        gradient = self.weight_gradient(a - mean, delta, weight)
+        gradient = self.precise_weight_gradient(a - mean, delta, weight)
         total = delta.sum(0, keepdim=True, dtype=wide)
         total -= total.mean(axes, keepdim=True)
         ones = total.new_ones(1, 1, *a.shape[2:])
