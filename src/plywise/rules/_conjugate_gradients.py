@@ -255,11 +255,12 @@ def _move(system: System, noise: Tensor | None) -> System:
     The numbers are the same each time. In float64, since the iteration of float32 has errors of its own.
     """
     generator = torch.Generator().manual_seed(0)
-    left, right = torch.randn(2, *system.matrix.shape[:2], 8, generator=generator).to(system.matrix)
-    left, right = left * system.find_columns(), right * system.find_columns()
-    moves = torch.cat([left, right], 2) @ torch.cat([right, left], 2).mT  # each a sum of 16 products
-    moved = system.to(torch.float64)
-    moved.matrix.add_(moves, alpha=OF_GRAM * torch.finfo(moves.dtype).eps / 4)
+    moved, eps = system.to(torch.float64), torch.finfo(system.matrix.dtype).eps
+    random = torch.randn(2, *moved.matrix.shape[:2], 8, generator=generator).to(moved.matrix)
+    left, right = random * moved.find_columns()
+    # in each entry the sum of 16 products
+    first, second = torch.cat([left, right], 2), torch.cat([right, left], 2)
+    moved.matrix.baddbmm_(first, second.mT, alpha=OF_GRAM * eps / 4)
     if noise is not None:
         moved.right.add_(noise * torch.randn(noise.shape, generator=generator).to(noise))
     return moved
