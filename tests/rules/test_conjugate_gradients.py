@@ -114,3 +114,18 @@ def test_a_gradient_for_solves_is_added_up_in_short_chains() -> None:
     wide = nn.Conv2d(3, 8, 5, padding=2).double()
     wide(x.double()).backward(delta.double())
     assert relative(found[0].double(), wide.weight.grad) < 3e-6
+
+
+@SOLVERS
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
+def test_what_a_gram_has_lost_beside_the_bias_is_noticed(solver: str, steps: int, scale: float) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(256, 900) * torch.logspace(0, -4, 900) * scale
+    delta = torch.randn(256, 40) * torch.logspace(0, -6, 40)
+    layer = nn.Linear(900, 40)
+    rule = pw.ProxProp(tau=200.0, solver=solver, cg_steps=steps)
+    move, events = solve(rule, layer, x, delta)
+    expected, _ = solve(rule, layer.double(), x.double(), delta.double())
+    assert events.keys() <= {health.FLOAT64}
+    assert relative(move.double(), expected) < 1e-4

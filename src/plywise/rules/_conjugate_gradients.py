@@ -61,10 +61,6 @@ class System:
     in_rows: bool
     flat: bool
 
-    def find_lengths(self, x: Tensor) -> Tensor:
-        """Find the lengths of the vectors that ``x`` stands for."""
-        return self.inner(self.matrix @ x if self.in_rows else x, x).sqrt()
-
     def find_columns(self) -> Tensor:
         """Find the lengths of the columns of A, or of the rows; (g, k, 1)."""
         return self.matrix.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt().unsqueeze(2)
@@ -163,8 +159,11 @@ def _solve(
         right=system.right / unit,
         shift=system.shift / scale,
     )
-    noise = None if in_rows or dtype == torch.float64 else _find_noise(call, scaled, scale.sqrt() / unit)
-    precision = dtype if dtype == torch.float64 else _find_precision(scaled, noise, steps)
+    precision: torch.dtype | None = dtype
+    if dtype != torch.float64:
+        noise = None if in_rows else _find_noise(call, scaled, scale.sqrt() / unit)
+        rows = call.rows(dtype).double() / scale.sqrt() if in_rows else None
+        precision = _find_precision(scaled, noise, rows, steps)
     if precision is None:
         return None
     if precision != dtype:
@@ -223,27 +222,35 @@ def _find_noise(call: LinearCall, system: System, unit: Tensor) -> Tensor:
     return eps * (of_products + OF_SUM * chain**0.5 * system.right.abs())
 
 
-def _find_precision(system: System, noise: Tensor | None, steps: int) -> torch.dtype | None:
+def _find_precision(
+    system: System, noise: Tensor | None, rows: Tensor | None, steps: int
+) -> torch.dtype | None:
     """Choose the dtype to iterate a system in that was made in float32; None if none is precise enough.
 
     Args:
         system: what is to be solved.
         noise: how far rounding has moved the entries of the right side; None: not at all.
+        rows: A, (g, n, k), if vectors stand for ``Aᵀ`` times them.
         steps: of conjugate gradients.
     """
-    if not system.flat and system.right.shape[2] > SAMPLE:  # outputs do not depend on each other
+    # outputs do not depend on each other; after a single step, their sizes may differ by orders of magnitude
+    if not system.flat and steps > 1 and system.right.shape[2] > SAMPLE:
         largest = system.right.square().sum((0, 1)).topk(SAMPLE, sorted=False).indices
         noise = None if noise is None else noise[..., largest]
         system = replace(system, right=system.right[..., largest])
-    moved = _move(system, noise)
-    other, _ = _iterate(moved, steps)
-    whole = torch.linalg.vector_norm(moved.find_lengths(other))
+
+    def find_lengths(x: Tensor) -> Tensor:
+        total = (x if rows is None else rows.mT @ x).square()
+        return total.sum((0, 1, 2) if system.flat else 1, keepdim=True).sqrt()
+
+    other, _ = _iterate(_move(system, noise), steps)
+    whole = torch.linalg.vector_norm(find_lengths(other))
     for precision in (torch.float32, torch.float64):
         solution, rest = _iterate(system.to(precision), steps)
         difference = other - solution.float()  # which is what will be used
-        error = torch.linalg.vector_norm(moved.find_lengths(difference) + rest)
-        if system.in_rows:  # the product with A is still to come
-            error += torch.finfo(torch.float32).eps * (other * moved.find_columns()).square().sum().sqrt()
+        error = torch.linalg.vector_norm(find_lengths(difference) + rest)
+        if rows is not None:  # the product with A is still to come
+            error += torch.finfo(torch.float32).eps * (other * system.find_columns()).square().sum().sqrt()
         if error <= TOLERANCE / 2 * whole:  # half, since one draw may be a small one
             return precision
     return None
@@ -252,15 +259,14 @@ def _find_precision(system: System, noise: Tensor | None, steps: int) -> torch.d
 def _move(system: System, noise: Tensor | None) -> System:
     """Return the system in float64, moved at random by about as much as rounding has moved it in float32.
 
-    The numbers are the same each time. In float64, since the iteration of float32 has errors of its own.
+    The numbers are the same each time. It is in float64 because the iteration in float32 has errors of its
+    own. The matrix stays positive, so that no direction is lost of which rounding has left nothing.
     """
     generator = torch.Generator().manual_seed(0)
     moved, eps = system.to(torch.float64), torch.finfo(system.matrix.dtype).eps
-    random = torch.randn(2, *moved.matrix.shape[:2], 8, generator=generator).to(moved.matrix)
-    left, right = random * moved.find_columns()
-    # in each entry the sum of 16 products
-    first, second = torch.cat([left, right], 2), torch.cat([right, left], 2)
-    moved.matrix.baddbmm_(first, second.mT, alpha=OF_GRAM * eps / 4)
+    random = torch.randn(*moved.matrix.shape[:2], 16, generator=generator).to(moved.matrix)
+    moves = random * moved.find_columns()
+    moved.matrix.baddbmm_(moves, moves.mT, alpha=OF_GRAM * eps / 4)  # each a sum of 16 products
     if noise is not None:
         moved.right.add_(noise * torch.randn(noise.shape, generator=generator).to(noise))
     return moved
