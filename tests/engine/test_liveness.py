@@ -331,6 +331,22 @@ def test_whole_gradients_and_hooks_of_the_user_are_no_use_from_outside() -> None
     assert not rule.health.counts
 
 
+def test_a_mapped_second_derivative_is_no_use_from_outside() -> None:
+    """The exact trace of a Jacobian, as continuous flows train on it."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = sgd(model)
+    rule = pw.ProxProp().attach(model, optimizer)
+    basis = torch.eye(3).unsqueeze(1).expand(3, 5, 3)
+    for _ in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(5, 3, requires_grad=True)
+        output = model(x)
+        (rows,) = torch.autograd.grad(output, x, basis, create_graph=True, is_grads_batched=True)
+        (output.square().sum() + torch.einsum("ini", rows).sum()).backward()
+        optimizer.step()
+    assert not rule.health.counts
+
+
 def test_parts_of_a_weight_are_no_use_from_outside() -> None:
     model = nn.MultiheadAttention(4, 2, batch_first=True)  # its projections of queries, keys and values
     optimizer = sgd(model)

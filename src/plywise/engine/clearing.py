@@ -93,6 +93,6 @@ class ClearingWatch:
         kept, version = self._kept
         now = parameter.grad
         # autograd raises the version by one with each gradient that it adds
-        same = now is not None and now is kept and now._version == version + self._arrivals
-        self._cleared = not same or not bool(now.any())
+        is_kept = now is kept and now is not None and now._version == version + self._arrivals
+        self._cleared = not is_kept or now is None or not bool(now.any())
         self._arrivals += 1
