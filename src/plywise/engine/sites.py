@@ -70,7 +70,8 @@ class ParameterEntry:
         rests: whether its calls are left to autograd for now, since the step makes the update.
         arrived: whether a gradient has arrived, while it rests, since the last step.
         sharding: how fully_shard spreads it over processes, or None.
-        compares: whether gradients that arrive are compared with the answers, as in the first passes.
+        compares: whether the next gradient that arrives is compared with the answers.
+        incomparable: whether answers are not all that calls send to it, so that nothing can be compared.
         answer: the last backward pass in which calls of it were answered, and the sum of the answers.
     """
 
@@ -93,17 +94,22 @@ class ParameterEntry:
     sharding: Sharding | None = None
     last: "tuple[LinearMap, Layout, int, Site] | None" = None
     compares: bool = False
+    incomparable: bool = False
     answer: tuple[int, Tensor] | None = None
 
     def add_answer(self, answer: Tensor, weight: Tensor) -> None:
         """Remember what the running backward pass sends to the parameter, if ``weight`` is all of it."""
         if weight is not self.parameter() or answer.shape != weight.shape:
-            self.compares, self.answer = False, None
+            self.stop_comparing()
             return
         task = torch._C._current_graph_task_id()
         if self.answer is not None and self.answer[0] == task:
             answer = self.answer[1] + answer
         self.answer = task, answer
+
+    def stop_comparing(self) -> None:
+        """Compare no gradient with the answers any more."""
+        self.incomparable, self.compares, self.answer = True, False, None
 
     @property
     def weight_name(self) -> str:
