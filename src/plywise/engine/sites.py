@@ -225,6 +225,7 @@ class Site:
         bias_shape: its shape where it is not (outputs,), else None.
         size: sizes of the last call seen in backward.
         rows: shape of its output.
+        dtype: dtype of its output.
         kept: how many rows of the last call counted, and of how many, if a mask left some out; else None.
         passes: backward passes in which the rule has answered.
         answered: the latest of those passes whose gradient has not arrived yet.
@@ -254,6 +255,7 @@ class Site:
         self.bias_shape: torch.Size | None = None
         self.size: Size | None = None
         self.rows: torch.Size | None = None
+        self.dtype: torch.dtype | None = None
         self.kept: tuple[int, int] | None = None
         self.passes = 0
         self.answered: dict[int, None] = {}
@@ -262,7 +264,7 @@ class Site:
 
     def note_call(self, call: LinearCall, kept: tuple[int, int] | None) -> None:
         """Remember the sizes of a call seen in backward, and how many rows of it a mask has kept."""
-        self.kept = kept
+        self.kept, self.dtype = kept, call.delta.dtype
         if self.size is None or (self.rows, self.size.is_topmost) != (call.delta.shape, call.is_topmost):
             self.rows = call.delta.shape
             self.size = Size(call.row_count, call.columns, call.outputs, call.groups, call.is_topmost)
