@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from plywise._util.optimizers import list_parameters
 from plywise._util.uncompiled import WHY_STEPS, leave_out
 from plywise.engine import health
 from plywise.engine.call import LinearCall, Update
@@ -119,7 +120,7 @@ class StepGuard:
 
     @leave_out(WHY_STEPS)  # a closure is called from the step itself
     def _judge(self, optimizer: Optimizer) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for p in list_parameters(optimizer) if p.grad is not None]
         self._norms = []
         self.overflows = self._skips = False
         if not parameters and _is_skipped(optimizer):  # by the guard of another rule

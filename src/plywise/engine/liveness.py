@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from plywise._util.optimizers import list_parameters
 from plywise.engine import health
 from plywise.engine.health import Health
 from plywise.engine.processes.followed_parameters import find_in_place
@@ -92,7 +93,7 @@ class Liveness:
             in_place: whether what has replaced a parameter counts, which may be so only while a module runs.
             or_before: whether what it has replaced counts, too.
         """
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stepped = set(map(id, list_parameters(optimizer)))
         self._stepped = stepped
         for entry in entries:
             known = in_place and id(find_in_place(entry)) in stepped
@@ -105,7 +106,7 @@ class Liveness:
 
     def has_other_parameters(self, optimizer: Optimizer) -> bool:
         """Return whether the optimizer has got or lost parameters since."""
-        return {id(p) for group in optimizer.param_groups for p in group["params"]} != self._stepped
+        return set(map(id, list_parameters(optimizer))) != self._stepped
 
     def check_part_taken(self, optimizer: Optimizer, entries: list[ParameterEntry], paused: bool) -> None:
         """Warn once if the optimizer steps on gradients that the rule had no part in."""
@@ -113,7 +114,7 @@ class Liveness:
         if answers or paused:
             self._quiet_steps = 0
             return
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stepped = set(map(id, list_parameters(optimizer)))
         weights = [e for e in entries if e.is_candidate] or [e for e in entries if e.is_vector_of_weights]
         wanted = [entry for entry in weights if id(entry.parameter()) in stepped]
         gradients = [p.grad for e in wanted if (p := e.parameter()) is not None and p.grad is not None]

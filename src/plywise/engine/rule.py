@@ -17,6 +17,7 @@ from plywise._util.checks import (
     require_positive,
     require_whole,
 )
+from plywise._util.optimizers import list_parameters
 from plywise.engine.answers import read_settings
 from plywise.engine.attachment import Attachment
 from plywise.engine.contract import RuleContract, State, StatefulContract
@@ -358,7 +359,7 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
             "wraps.",
             see="attach-optimizer",
         )
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    stepped = set(map(id, list_parameters(optimizer)))
     shards = [source.sharded_param for source in find_shards(model).values()]
     if not any(id(p) in stepped for p in [*model.parameters(), *shards]):
         raise AttachError(

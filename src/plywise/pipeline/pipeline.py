@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from plywise._util.optimizers import list_parameters
 from plywise._util.renamed import serve_old_arguments
 from plywise.data.batches import count_samples
 from plywise.errors import PipelineError, PlywiseError, StateError
@@ -339,7 +340,7 @@ def _replicate(trainer: LocalTrainer, group: dist.ProcessGroup) -> None:
             "other's batches. Use one replica, and more stages.",
             see="pipeline-start",
         )
-    learning = {p for settings in trainer.optimizer.param_groups for p in settings["params"]}
+    learning = set(list_parameters(trainer.optimizer))
     still = any(p.requires_grad and p not in learning for p in trainer.component.parameters())
     trainer.module = DistributedDataParallel(
         trainer.component, process_group=group, find_unused_parameters=still

@@ -1,0 +1,10 @@
+"""The parameters of an optimizer, whatever its groups."""
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def list_parameters(optimizer: Optimizer | None) -> list[Tensor]:
+    """List the parameters of all groups, in order; none if the optimizer is gone."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [parameter for group in groups for parameter in group["params"]]
