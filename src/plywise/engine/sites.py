@@ -17,6 +17,7 @@ from plywise.engine.call import LinearCall, Update
 from plywise.engine.explain import Size
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.maps.layouts import Layout
+from plywise.engine.passes import RecentPasses, find_pass
 from plywise.engine.sharding import Sharding
 
 PLAIN_TYPES = {Tensor, Parameter, Buffer, UninitializedParameter}
@@ -27,9 +28,6 @@ TRACERS = {"FakeTensor", "FunctionalTensor"}
 
 TRANSFORM = "a torch.func transform"
 """In the list of functions that use a parameter: all calls that are left to autograd."""
-
-KEPT_PASSES = 64
-"""Backward passes whose answers are remembered until their gradient arrives."""
 
 Part = tuple[int, tuple[int, ...], tuple[int, ...]]
 """A view of a parameter: offset, shape and strides."""
@@ -100,7 +98,7 @@ class ParameterEntry:
         if weight is not self.parameter() or answer.shape != weight.shape:
             self.compares, self.answer = False, None
             return
-        task = torch._C._current_graph_task_id()
+        task = find_pass()
         if self.answer is not None and self.answer[0] == task:
             answer = self.answer[1] + answer
         self.answer = task, answer
@@ -250,7 +248,7 @@ class Site:
         self.rows: torch.Size | None = None
         self.kept: tuple[int, int] | None = None
         self.passes = 0
-        self.answered: dict[int, None] = {}
+        self.answered = RecentPasses[None]()
         self.tested = False
         self._module = None if module is None else weakref.ref(module)
 
@@ -278,13 +276,10 @@ class Site:
         """The module that owns the weight, while it lives."""
         return None if self._module is None else self._module()
 
-    def answer_pass(self, task: int) -> None:
-        """Remember that the rule has answered in this backward pass."""
-        if task not in self.answered:
-            self.passes += 1
-            self.answered[task] = None
-            if len(self.answered) > KEPT_PASSES:  # the gradients of torch.autograd.grad never arrive
-                del self.answered[next(iter(self.answered))]
+    def answer_pass(self) -> None:
+        """Remember that the rule has answered in the running backward pass."""
+        self.passes += find_pass() not in self.answered
+        self.answered[find_pass()] = None
 
     @property
     def weight(self) -> Tensor | None:
