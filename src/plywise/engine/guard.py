@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -14,7 +13,7 @@ from plywise._util.uncompiled import WHY_STEPS, leave_out
 from plywise.engine import health
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.capture.capture import runs_twice
-from plywise.engine.finite import judge_gradients
+from plywise.engine.finite import is_finite, judge_gradients
 from plywise.engine.health import Health
 from plywise.errors import NonFiniteError
 
@@ -176,11 +175,11 @@ def _is_skipped(optimizer: Optimizer) -> bool:
 def refuse_nonfinite(call: LinearCall, update: Update) -> None:
     """Raise NonFiniteError, and count it, if an answer of the rule has NaN or infinity in it."""
     for part in (update.weight, update.bias):
-        if part is not None and not math.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
+        if part is not None and not is_finite(part):
             call.health.note(call.name, health.NON_FINITE)
             where = "rule's own answer"
             for tensor, name in ((call.delta, "gradient at its output"), (call.a, "input")):
-                where = where if bool(torch.isfinite(tensor).all()) else name
+                where = where if is_finite(tensor) else name
             raise NonFiniteError(
                 f"Layer {call.name!r}: the {where} is not finite (NaN or infinity), so its update would "
                 "poison the weights. Look at the batch, the rate and the loss scale; attach(model, "

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -30,7 +30,8 @@ from plywise.engine.selection import KINDS, Kinds, Selector, resolve_kinds
 from plywise.engine.sharding import find_shards
 from plywise.errors import AttachError
 
-__all__ = ["Observer", "Rule", "Size", "StatefulRule"]
+__all__ = ["Observer", "Rule", "Size", "StatefulRule", "require_choice", "require_positive", "require_whole"]
+"""What authors of rules need, with the checks of hyper-parameters."""
 
 
 class Rule(RuleContract):
@@ -367,6 +368,3 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
             "from model.parameters(), and attach after moving or replacing parameters.",
             see="attach-optimizer",
         )
-
-
-__all__ += ["Tensor", "check_optimizer", "require_choice", "require_positive", "require_whole"]

@@ -103,11 +103,15 @@ class ParameterEntry:
             answer = self.answer[1] + answer
         self.answer = task, answer
 
+    def name_in(self, layer: str) -> str:
+        """Return what it is called as the weight of a layer: by the layer's own name, if it is ``weight``."""
+        attribute = "" if self.attribute == "weight" else self.attribute
+        return ".".join(filter(None, (layer, attribute)))
+
     @property
     def weight_name(self) -> str:
         """What `Site.name` is if the whole parameter is used in one way."""
-        attribute = "" if self.attribute == "weight" else self.attribute
-        return ".".join(filter(None, (self.layer, attribute)))
+        return self.name_in(self.layer)
 
     @property
     def key(self) -> str:

@@ -229,7 +229,7 @@ class ParameterTable:
         computed: torch.Size | None,
     ) -> Site:
         layer, module = entry.find_owner(key[2])
-        name = layer if entry.attribute == "weight" else ".".join(filter(None, (layer, entry.attribute)))
+        name = entry.name_in(layer)
         if part is not None:
             parts = sum(site.part is not None for site in entry.sites.values())
             name += f"[{parts}]"

@@ -20,7 +20,7 @@ from plywise.engine.coordinates.turned_layers import LargeLayer, SmallLayers, ar
 from plywise.engine.coordinates.turned_shards import ShardedLayers, turn_stand_ins
 from plywise.engine.health import Health
 from plywise.engine.processes.training_processes import TrainingProcesses
-from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.layer_handle import LayerHandle, find_trained
 from plywise.engine.statistics.saved_keys import PREFIX
 from plywise.engine.statistics.saved_state import LayerState, SavedState
 from plywise.engine.statistics.shard_exchange import gather_whole
@@ -116,7 +116,7 @@ class TurnedSteps:
     def _lend_gradients(self, layers: Sequence[LayerHandle]) -> None:
         """Put copies in the place of gradients, to be turned: a second step must find them as they were."""
         self._put_gradients_back()  # of a step that has failed
-        for parameter in {id(p): p for layer in layers for p in layer.trained}.values():
+        for parameter in find_trained(layers).values():
             if parameter.grad is not None:
                 plain, parameter.grad = parameter.grad, parameter.grad.clone()
                 self._lent.append((parameter, plain, parameter.grad))
@@ -139,7 +139,7 @@ class TurnedSteps:
         scale = getattr(optimizer, "grad_scale", None)
         groups = optimizer.param_groups
         decays = {id(p): g["weight_decay"] * find_direction(g) for g in groups for p in g["params"]}
-        for parameter in {id(p): p for layer in layers for p in layer.trained}.values():
+        for parameter in find_trained(layers).values():
             decay = decays.get(id(parameter), 0.0)
             if decay and parameter.grad is not None:
                 added = parameter.detach() * (decay * sign)
@@ -203,7 +203,7 @@ class TurnedSteps:
         still = {id(parameter) for group in groups for parameter in group["params"]}
         if not still:
             return []
-        own = {id(p): p for layer in self._last for p in layer.trained}
+        own = find_trained(self._last)
         return [parameter for key, parameter in own.items() if key in still]
 
     def _note(self, layer: LayerHandle) -> None:

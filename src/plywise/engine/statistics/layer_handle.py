@@ -1,6 +1,6 @@
 """A layer with a running state: its sizes, and its parameters, which are looked up in each step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -228,6 +228,11 @@ class LayerHandle:
         gradient = self.find_gradient(parameter)
         assert gradient is not None
         return gradient
+
+
+def find_trained(layers: Iterable[LayerHandle]) -> dict[int, Tensor]:
+    """Return the parameters of layers that train, each once, by their ids."""
+    return {id(parameter): parameter for layer in layers for parameter in layer.trained}
 
 
 def find_bias_name(entry: ParameterEntry) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from plywise.engine import health
 from plywise.engine.call import Update
 from plywise.engine.contract import State, StatefulContract
-from plywise.engine.finite import is_precise, measure_norms
+from plywise.engine.finite import is_finite, is_precise, measure_norms
 from plywise.engine.health import Health
 from plywise.engine.statistics.layer_handle import LayerHandle
 from plywise.engine.statistics.learning import ALLOWED_ROUNDING
@@ -158,7 +158,7 @@ class StepUpdates:
         """
         targets, sources = [], []
         for layer, gradient, (view, new, norm) in zip(layers, gradients, made, strict=True):
-            if not math.isfinite(norm) and not all(bool(torch.isfinite(p).all()) for p in list_parts(view)):
+            if not math.isfinite(norm) and not all(map(is_finite, list_parts(view))):
                 self._health.note(layer.name, health.IDENTITY)
                 continue
             if new:
