@@ -254,7 +254,7 @@ def _fitting(data: Data, output: Tensor) -> Data:
     y, shape = _targets(data.train), output.shape[1:]
     if not isinstance(data.train, Split) or not y.is_floating_point() or {y.shape[1:], shape} != {(), (1,)}:
         return data
-    return Data(*(Split(part.x, part.y.reshape(-1, *shape)) for part in vars(data).values()))
+    return Data(*(Split(part.x, part.y.reshape(-1, *shape)) for part in data.parts))
 
 
 def _task(data: Data, loss: str, metric: str) -> Task:
@@ -319,7 +319,7 @@ def _check_classes(model: str, output: Tensor, data: Data) -> None:
             f"({wanted},) scores. If these are numbers to predict, make them floating-point."
         )
     outputs = output.shape[-1]
-    largest = max(int(y.max()) for part in vars(data).values() for y in list_targets(part))
+    largest = max(int(y.max()) for part in data.parts for y in list_targets(part))
     if largest >= outputs:
         raise DataError(
             f"{model} has {outputs} output{'s' if outputs > 1 else ''}, and targets go up to {largest}: "
