@@ -8,8 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from plywise._util.optimizers import list_parameters
-from plywise.engine import health
-from plywise.engine.health import Health
+from plywise.engine.health import BUFFERS, UNUSED, Health
 from plywise.engine.processes.followed_parameters import find_in_place
 from plywise.engine.selection import strip_wrappers
 from plywise.engine.sharding import find_local
@@ -37,16 +36,16 @@ class Liveness:
 
     Args:
         title: the rule and the model, for messages.
-        health_: where events are counted.
+        health: where events are counted.
 
     Attributes:
         answers: how often the rule has answered since the last step.
     """
 
-    def __init__(self, title: str, health_: Health) -> None:
+    def __init__(self, title: str, health: Health) -> None:
         self.answers = 0
         self._title = title
-        self._health = health_
+        self._health = health
         self._quiet_steps = 0
         self._stepped: set[int] = set()
         self._entry: ParameterEntry | None = None  # the one weight whose version is followed
@@ -59,7 +58,7 @@ class Liveness:
         parameter = entry.parameter()
         if parameter is None or self._count_changes(entry, parameter._version, steps) != QUIET_STEPS:
             return
-        self._health.note("optimizer", health.UNUSED)
+        self._health.note("optimizer", UNUSED)
         warnings.warn(
             f"{self._title}: the weights have changed {QUIET_STEPS} times, but the optimizer given to "
             "attach() has not stepped. Does the trainer make an optimizer of its own? Attach the rule to "
@@ -121,7 +120,7 @@ class Liveness:
         if not any(bool(find_local(gradient).any()) for gradient in gradients if not gradient.is_meta):
             return  # a template step, or one of other layers
         self._quiet_steps += 1
-        self._health.note("optimizer", health.UNUSED)
+        self._health.note("optimizer", UNUSED)
         if self._quiet_steps == QUIET_STEPS:
             are_used_otherwise = all(entry.used_by and not entry.sites for entry in wanted)
             warnings.warn(
@@ -136,9 +135,9 @@ class Liveness:
         """Warn of buffers that the forward of a skipped step has filled with NaN or infinity."""
         buffers = {} if model is None else dict(model.named_buffers())
         bad = [n for n, b in buffers.items() if b.is_floating_point() and not bool(torch.isfinite(b).all())]
-        known = self._health.total(health.BUFFERS)
+        known = self._health.total(BUFFERS)
         for name in bad:
-            self._health.note(strip_wrappers(name), health.BUFFERS)
+            self._health.note(strip_wrappers(name), BUFFERS)
         if bad and not known:
             warnings.warn(
                 f"The forward of the skipped step has left NaN or infinity in {', '.join(bad[:4])}: no "

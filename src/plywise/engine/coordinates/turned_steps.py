@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from plywise.engine import health
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.coordinates.optimizer_probe import OptimizerTraits, find_direction, probe_optimizer
 from plywise.engine.coordinates.turned_layers import LargeLayer, SmallLayers, arrange_turned
 from plywise.engine.coordinates.turned_shards import ShardedLayers, turn_stand_ins
-from plywise.engine.health import Health
+from plywise.engine.health import IDENTITY, Health
 from plywise.engine.processes.training_processes import TrainingProcesses
 from plywise.engine.statistics.layer_handle import LayerHandle, find_trained
 from plywise.engine.statistics.saved_keys import PREFIX
@@ -33,7 +32,7 @@ class TurnedSteps:
     Args:
         rule: the rule.
         optimizer: the optimizer.
-        health_: where steps that are not finite are counted.
+        health: where steps that are not finite are counted.
         processes: the processes that share the states.
 
     Raises:
@@ -41,12 +40,12 @@ class TurnedSteps:
     """
 
     def __init__(
-        self, rule: StatefulContract, optimizer: Optimizer, health_: Health, processes: TrainingProcesses
+        self, rule: StatefulContract, optimizer: Optimizer, health: Health, processes: TrainingProcesses
     ) -> None:
         self._rule = rule
         self._processes = processes
         self._traits: OptimizerTraits = probe_optimizer(optimizer)
-        self._health = health_
+        self._health = health
         self._last: list[LayerHandle] = []
         self._arranged: list[SmallLayers | LargeLayer | ShardedLayers] = []
         self._states: list[State] = []
@@ -208,7 +207,7 @@ class TurnedSteps:
 
     def _note(self, layer: LayerHandle) -> None:
         """Count that a matrix of this layer is not finite once it is turned."""
-        self._health.note(layer.name, health.IDENTITY)
+        self._health.note(layer.name, IDENTITY)
 
     # ---- the optimizer's state -------------------------------------------------------------------------
 

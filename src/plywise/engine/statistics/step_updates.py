@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from plywise.engine import health
 from plywise.engine.call import Update
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.finite import is_finite, is_precise, measure_norms
-from plywise.engine.health import Health
+from plywise.engine.health import IDENTITY, ROUNDING, Health
 from plywise.engine.statistics.layer_handle import LayerHandle
 from plywise.engine.statistics.learning import ALLOWED_ROUNDING
 from plywise.engine.statistics.stacks import Scratch, Stack, StackedState, arrange, list_parts, sign
@@ -33,13 +32,13 @@ class StepUpdates:
 
     Args:
         rule: the rule.
-        health_: where updates that are not finite are counted.
+        health: where updates that are not finite are counted.
     """
 
-    def __init__(self, rule: StatefulContract, health_: Health) -> None:
+    def __init__(self, rule: StatefulContract, health: Health) -> None:
         self._rule = rule
         self._scratch = Scratch()
-        self._health = health_
+        self._health = health
         self._layers: list[LayerHandle] = []
         # weakly: a parameter's hooks own the attachment, and torch hides that from the garbage collector
         self._parameters: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor] | None, object]] = []
@@ -159,7 +158,7 @@ class StepUpdates:
         targets, sources = [], []
         for layer, gradient, (view, new, norm) in zip(layers, gradients, made, strict=True):
             if not math.isfinite(norm) and not all(map(is_finite, list_parts(view))):
-                self._health.note(layer.name, health.IDENTITY)
+                self._health.note(layer.name, IDENTITY)
                 continue
             if new:
                 memories[layer.name] = {**memories[layer.name], **new}
@@ -215,7 +214,7 @@ class StepUpdates:
             for i, amplification in enumerate(stack.state.derive(self._read_amplifications), start):
                 error = bound * amplification * sizes[i] / norms[i] if norms[i] else 0.0
                 if ALLOWED_ROUNDING < error < math.inf:
-                    self._health.note(layers[stack.places[i - start]].name, health.ROUNDING)
+                    self._health.note(layers[stack.places[i - start]].name, ROUNDING)
             start += len(stack.places)
 
     def _copy_into(self, stacks: list[Stack], moved: list[Tensor], scales: Tensor | None) -> None:
