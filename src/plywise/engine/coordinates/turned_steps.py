@@ -155,7 +155,7 @@ class TurnedSteps:
 
     def _arrange(self, layers: list[LayerHandle], states: list[State]) -> None:
         """Arrange layers as before, or again if they, their parameters or their sizes have changed."""
-        key = layers, list(map(_sign, layers))
+        key = layers, list(map(_make_signature, layers))
         before, self._states = self._states, states
         if key == self._key and not any(map(is_not, states, before)):
             return
@@ -282,7 +282,7 @@ class TurnedSteps:
             layer.stand_ins = {}
 
 
-def _sign(layer: LayerHandle) -> tuple[object, ...]:
+def _make_signature(layer: LayerHandle) -> tuple[object, ...]:
     """Return what stacks of a layer depend on."""
     weight, bias = layer.entry.parameter(), layer.bias
     assert weight is not None

@@ -17,7 +17,7 @@ from plywise.engine.finite import is_finite, is_precise, measure_norms
 from plywise.engine.health import IDENTITY, ROUNDING, Health
 from plywise.engine.statistics.layer_handle import LayerHandle
 from plywise.engine.statistics.learning import ALLOWED_ROUNDING
-from plywise.engine.statistics.stacks import Scratch, Stack, StackedState, arrange, list_parts, sign
+from plywise.engine.statistics.stacks import Scratch, Stack, StackedState, arrange, list_parts, make_signature
 
 SHORTEST_SUM, LONGEST_SUM = 16, 512
 """Sums so long round gradients, and products with them, by up to ``√length u ‖G‖``.
@@ -77,7 +77,7 @@ class StepUpdates:
             if parts[0] is None or (bias is not None and parts[1] is None):
                 return None
             gradient = Update(*parts)
-            if sign(gradient) != signature:
+            if make_signature(gradient) != signature:
                 return None
             gradients.append(gradient)
         return gradients
@@ -94,7 +94,7 @@ class StepUpdates:
             (
                 weakref.ref(layer.weight),
                 None if layer.bias is None else weakref.ref(layer.bias),
-                sign(gradient),
+                make_signature(gradient),
             )
             for layer, gradient in zip(layers, gradients, strict=True)
         ]
