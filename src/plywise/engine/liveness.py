@@ -141,7 +141,7 @@ class Liveness:
         if bad and not known:
             warnings.warn(
                 f"The forward of the skipped step has left NaN or infinity in {', '.join(bad[:4])}: no "
-                "later step mends these buffers. Restore them from a checkpoint, or reset them "
+                "later step repairs these buffers. Restore them from a checkpoint, or reset them "
                 "(module.reset_running_stats() for batch norm).",
                 RuntimeWarning,
                 stacklevel=7,

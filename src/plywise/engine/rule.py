@@ -98,13 +98,13 @@ class Rule(RuleContract):
             The rule itself.
 
         Raises:
-            AttachError: the rule's class is no dataclass, the model is no module or was scripted, the rule is
-                attached already, the model has nothing for it, a pattern matches nothing or is none, another
-                rule handles a layer, or the optimizer steps none of the model's parameters.
+            AttachError: the rule's class is not a dataclass, the model is not a module or was scripted, the
+                rule is attached already, the model has nothing for it, a pattern matches nothing or is not a
+                pattern, another rule handles a layer, or the optimizer steps none of the model's parameters.
             ValueError: an option is none of those above.
         """
         _refuse_class(self)
-        read_settings(self)  # a class that is no dataclass is refused before anything else
+        read_settings(self)  # a class that is not a dataclass is refused before anything else
         if self._attachment_or_none() is not None:
             raise AttachError(
                 f"{self} is attached already. Call detach() first, or make a second rule.", see="attach-twice"
@@ -193,7 +193,7 @@ class Rule(RuleContract):
 
         Raises:
             AttachError: the rule is not attached, or was attached without an optimizer.
-            TypeError: ``callbacks`` is no list of functions.
+            TypeError: ``callbacks`` is not a list of functions.
             ValueError: ``every`` or ``keep`` is not a whole number above zero.
         """
         require_whole(self, every=every, keep=keep)
@@ -224,7 +224,7 @@ class Rule(RuleContract):
 
         Raises:
             AttachError: the rule is not attached.
-            TypeError: ``observer`` is no function.
+            TypeError: ``observer`` is not a function.
         """
         if not callable(observer):
             raise TypeError(

@@ -150,7 +150,7 @@ class ParameterEntry:
 
     @property
     def is_weight(self) -> bool:
-        """Whether calls may use it as a weight; before the first call this says that it is no lone bias."""
+        """Whether calls may use it as a weight; before the first call: whether it is more than a bias."""
         is_scale = self.dimensions == 1 and self.may_scale and not self.attribute.endswith("bias")
         return bool(self.expected) or self.dimensions > 1 or is_scale
 

@@ -187,7 +187,7 @@ class AssociatedLearning(OneWayLearner):
     Raises:
         BlockError: the range of a bridge or decoder does not contain its targets.
         PlywiseError: at a step, targets are not what ``targets`` says.
-        ValueError: ``targets`` or a name in ``decay`` is unknown, a number of classes or width is no whole
+        ValueError: ``targets`` or a name in ``decay`` is unknown, a number of classes or width is not a whole
             number above 0, or there are not as many bridges as blocks.
 
     Example:

@@ -81,7 +81,7 @@ def split(model: nn.Module, k: int, example: Batch) -> Blocks:
             more = [f"and {len(reasons) - 4} more"] if len(reasons) > 4 else []
             why = f"Not cut further: {'; '.join([*reasons[:4], *more])}. " if reasons else ""
             raise BlockError(
-                f"{type(model).__name__} comes apart into {len(units)} at most ({names}), and {k} blocks "
+                f"{type(model).__name__} can be cut into {len(units)} at most ({names}), and {k} blocks "
                 f"were asked for. {why}Ask for fewer blocks, or {ADVICE}."
             )
         rehearsal = copy_of(model)

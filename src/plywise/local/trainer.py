@@ -256,7 +256,8 @@ class LocalTrainer:
         """
         if not isinstance(state, Mapping) or not state.keys() >= {"component", "optimizer", "scheduler"}:
             raise StateError(
-                f"This is no state of component {self.index}, or a part of it is missing.", see="state-memory"
+                f"This is no state of component {self.index}, or a part of it is missing.",
+                see="state-memory",
             )
         for name in ("optimizer", "scheduler"):
             if (state[name] is None) != (getattr(self, name) is None):

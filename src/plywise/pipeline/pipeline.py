@@ -188,7 +188,7 @@ class Pipeline:
             owner = max(i for i, cut in enumerate(self.cuts) if cut <= index) * self.replicas
             state = trainer.component.state_dict()
             if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-                raise PipelineError(f"{odd[0]} of component {index} is no tensor, and cannot be gathered.")
+                raise PipelineError(f"{odd[0]} of component {index} is not a tensor, and cannot be gathered.")
             flat = torch.cat([torch.empty(0, dtype=torch.uint8), *map(_bytes, state.values())])
             self._together(partial(dist.broadcast, flat, owner, group=self._groups.everyone))
             parts = flat.split([tensor.nbytes for tensor in state.values()])

@@ -256,7 +256,7 @@ def _find_bias(call: LinearCall, matrix: Tensor) -> Tensor | None:
 
 
 def _is_difference(bias: Tensor, matrix: Tensor, mean: Tensor) -> bool:
-    """Whether ``mean(Δ) - D mean(A)`` has lost most digits, and is no small part of the update."""
+    """Whether ``mean(Δ) - D mean(A)`` has lost most digits, and is not a small part of the update."""
     of_bias, of_matrix, of_mean = torch.stack(torch._foreach_norm([bias, matrix, mean])).tolist()
     return of_matrix * of_mean > MOST_CANCELLED * math.hypot(of_bias, of_matrix)
 

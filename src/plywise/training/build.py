@@ -73,7 +73,7 @@ class ResolvedTraining:
             The blocks, and the first unit of each; empty where there was nothing to cut.
 
         Raises:
-            PlywiseError: the factory does not make a network, or that does not come apart.
+            PlywiseError: the factory does not make a network, or that cannot be cut.
         """
         config, example = self.config, self.example
         with seeded(config.seed):
@@ -194,7 +194,7 @@ def _list_blocks(config: TrainConfig, made: Any) -> list[nn.Module]:
 
 
 def _count_blocks(model: nn.Module, example: Batch) -> int:
-    """The default number of blocks: 4, or as many as the model comes apart into."""
+    """The default number of blocks: 4, or as many as the model can be cut into."""
     if isinstance(example, Tensor):
         Blocks([model], example.clone())  # materialises lazy layers, as split does
     try:

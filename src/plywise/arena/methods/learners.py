@@ -203,13 +203,13 @@ def uncut(workload: Workload, tokens: bool = False) -> str:
         return "a local learner needs classes, and the targets are none"
     if workload.labels_tokens and not tokens:
         return "it learns a class for each sample, and here each token has one"
-    return "" if workload.blocks else "a local learner needs a network that comes apart into blocks"
+    return "" if workload.blocks else "a local learner needs a network that can be cut into blocks"
 
 
 def passes(make: Callable[[TrialContext], LocalTraining], setting: TrialContext) -> float:
     """Count the products in a learner's step, in forward and backward passes of the plain model.
 
-    Heads, bridges and codes are counted; solving a ridge head's system is not, for it is no product.
+    Heads, bridges and codes are counted; solving a ridge head's system is not, for it is not a product.
     """
     x, plain = setting.example, copy.deepcopy(setting.model)
     with FlopCounterMode(display=False) as once:
@@ -241,7 +241,7 @@ def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: T
 
     Raises:
         PlywiseError: the workload's model is not to be cut, or it has no classes and the learner needs them.
-        BlockError: the model does not come apart.
+        BlockError: the model cannot be cut.
     """
     if setting.blocks == 0:
         raise BenchError(

@@ -85,13 +85,13 @@ def own_workload(
         batch_size: samples a batch. Default 128, or all if there are fewer. A stream of batches has its own.
         keep_batches: batches that are kept of a stream. Default 1000.
         steps: steps of a run. Default 1000.
-        blocks: blocks for local learners. Default: for classes 4, or as many as the model comes apart into;
+        blocks: blocks for local learners. Default: for classes 4, or as many as the model can be cut into;
             else 0.
         folder: where the batches of a stream are kept (see `plywise.data.sources.Reading`).
 
     Raises:
         PlywiseError: the data or the model cannot be had, or do not fit each other or the loss.
-        BlockError: the model does not come apart into ``blocks``.
+        BlockError: the model cannot be cut into ``blocks``.
 
     Example:
         >>> made_by = "plywise.arena.workloads.synthetic:make_model"
@@ -304,7 +304,7 @@ def _check_outputs(model: str, output: Tensor, data: Data, task: Task, own_loss:
     if task.metric is error_rate or (not own_loss and not y.is_floating_point()):
         _check_classes(model, output, data)
     _check_judge(task.loss, "loss", output, y[: len(output)])
-    if isinstance(task, WholeSetTask):  # two samples are no set
+    if isinstance(task, WholeSetTask):  # two samples are not a set
         y = _targets(data.validation)
         output = output[:1].expand(len(y), *output.shape[1:])
     _check_judge(task.metric, "metric", output, y[: len(output)])

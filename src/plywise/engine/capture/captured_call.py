@@ -200,7 +200,7 @@ def _fit(
             site.entry.add_answer(of_weight, weight)
     if wants_bias:
         of_bias = update.bias
-        if of_bias is None:  # the bias is no part of the local problem: it gets its plain gradient
+        if of_bias is None:  # the bias is not part of the local problem: it gets its plain gradient
             of_bias = site.map.bias_gradient(delta)
         if site.bias_shape is not None:
             of_bias = of_bias.reshape(site.bias_shape)
@@ -313,7 +313,7 @@ def _carry_rule(
         of_bias = of_bias.reshape(ctx.site.bias_shape)
     if _is_mapped(delta):
         return of_weight, of_bias
-    ctx.site.entry.compares = False  # a second derivative is no answer of the rule
+    ctx.site.entry.compares = False  # a second derivative is not an answer of the rule
     with torch.no_grad():
         update, _ = _ask(ctx, a.detach(), weight.detach(), delta.detach(), wants_weight or wants_bias, False)
         values = _fit(ctx, update, weight, delta, wants_weight, wants_bias)

@@ -101,7 +101,7 @@ def _find_names(indices: Indices, entries: Iterable[ParameterEntry]) -> dict[Any
 
 
 def check_keys(parameter: Tensor, name: str, keys: Mapping[str, Any]) -> None:
-    """Raise StateError if a parameter's statistics are no numbers."""
+    """Raise StateError if a parameter's statistics are not numbers."""
     for key, value in keys.items():
         if key.rpartition(".")[2] in NUMBERS:
             check_number(name, key, value)

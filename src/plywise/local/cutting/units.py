@@ -56,9 +56,7 @@ def find_units(model: nn.Module, example: Batch) -> tuple[Sequence[Unit], list[s
         if isinstance(example, Tensor) and not untraced:
             return traced
         why = f"{untraced}and as to a loop over its layers, {error}" if untraced else str(error)
-        raise BlockError(
-            f"{type(model).__name__} does not come apart: {why}. Mend that, or {ADVICE}."
-        ) from error
+        raise BlockError(f"{type(model).__name__} cannot be cut: {why}. Fix that, or {ADVICE}.") from error
     return looped if len(looped[0]) > len(traced[0]) else traced
 
 
@@ -133,7 +131,7 @@ def copy_of(model: nn.Module) -> nn.Module:
         copied = copy.deepcopy(model)
     except Exception as error:
         raise BlockError(
-            f"{type(model).__name__} cannot be copied, and costs are measured on a copy: {error}. Mend that, "
+            f"{type(model).__name__} cannot be copied, and costs are measured on a copy: {error}. Fix that, "
             f"or {ADVICE}."
         ) from error
     copied.zero_grad()
@@ -181,7 +179,7 @@ def _find_unsound(model: nn.Module, pieces: list[Piece], example: Tensor) -> dic
         if not is_alike or not torch.allclose(found, expected, 1e-3, 1e-5, equal_nan=True):
             raise BlockError(
                 f"{type(model).__name__} does not do what torch.fx traced: its forward depends on more "
-                f"than its input's values (a type, a clock, Python's random numbers). Mend that, or {ADVICE}."
+                f"than its input's values (a type, a clock, Python's random numbers). Fix that, or {ADVICE}."
             )
     return {cut: reason for cut, reason in cuts.items() if cut < len(pieces) - 1}
 
@@ -195,7 +193,7 @@ def _run_whole(model: nn.Module, example: Tensor) -> Tensor:
         mode = "train" if model.training else "eval"
         raise BlockError(f"{type(model).__name__} fails on the example in {mode} mode: {error}.") from error
     if fault := _fault(output, len(example)):
-        raise BlockError(f"{type(model).__name__} hands on {fault}. Mend that, or {ADVICE}.")
+        raise BlockError(f"{type(model).__name__} hands on {fault}. Fix that, or {ADVICE}.")
     return output
 
 
