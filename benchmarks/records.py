@@ -216,7 +216,7 @@ def check_record(record: dict[str, Any]) -> None:
         require(set(figures) == FIGURES, f"its figures on {workload} are {', '.join(sorted(FIGURES))}")
         values = [figures[key] for key in FIGURES if not key.startswith(("best", "reached", "noise"))]
         numbers = all(value is None or isinstance(value, int | float) for value in values)
-        require(numbers, f"a figure on {workload} is no number")
+        require(numbers, f"a figure on {workload} is not a number")
 
 
 def _is_date(text: Any) -> bool:

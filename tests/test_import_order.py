@@ -14,7 +14,7 @@ ORDER = (
     ("numerics",),
     ("engine.maps",),
     ("engine.explain", "engine.health", "engine.sharding"),
-    ("engine.call", "engine.finite"),
+    ("engine.call", "engine.finite", "engine.passes"),
     ("engine.answers", "engine.sites"),
     ("engine.selection",),
     ("engine.contract",),

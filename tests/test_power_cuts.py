@@ -171,7 +171,7 @@ def test_a_plan_that_cannot_be_read_is_named(undisturbed, tmp_path):
     (out / "plan.json").unlink()
     (out / "plan.json").mkdir()
     for work in (lambda: run(out, "train"), lambda: load_trained(out)):
-        assert f"{out / 'plan.json'} is no plan of plywise" in attempt(work)[1]
+        assert f"{out / 'plan.json'} is not a plan of plywise" in attempt(work)[1]
 
 
 def test_a_network_that_is_looked_for_in_vain_leaves_no_folder(tmp_path):

@@ -85,7 +85,7 @@ def test_a_wrong_entry_is_refused_by_what_is_wrong_with_it(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": "few"}, "no number"),
+        ({"steps": "few"}, "not a number"),
         ({"best_peer_cpu": "muoon"}, "nothing is called muoon"),
         ({"wall": 1.0}, "its figures on digits-mlp are"),
     ],

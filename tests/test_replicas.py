@@ -1,29 +1,20 @@
 """Who does which work; with one process, nothing is sent anywhere."""
 
 import itertools
-import random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plywise.engine.processes.replicas import Job, Replicas, shares
-
-
-def refuse():
-    raise AssertionError("nobody else does this work")
-
-
-def jobs_of(costs: list[float]) -> dict[str, Job]:
-    return {f"layer{i}": Job(cost, refuse, refuse) for i, cost in enumerate(costs)}
+from plywise.engine.processes.replicas import Job, Replicas, deal_out
 
 
 def loads(costs: list[float], size: int) -> list[float]:
-    owner = shares(jobs_of(costs), size)
-    assert owner.keys() == jobs_of(costs).keys()
+    owner = deal_out(dict(enumerate(costs)), [0.0] * size)
+    assert owner.keys() == set(range(len(costs)))
     assert set(owner.values()) <= set(range(size))
-    return [sum(c for i, c in enumerate(costs) if owner[f"layer{i}"] == rank) for rank in range(size)]
+    return [sum(c for i, c in enumerate(costs) if owner[i] == rank) for rank in range(size)]
 
 
 @settings(max_examples=100, deadline=None)
@@ -55,15 +46,8 @@ def test_equal_jobs_are_dealt_out_evenly(size, count):
 
 
 def test_the_dearest_job_has_a_process_for_itself():
-    owner = shares(jobs_of([1, 2, 100, 3, 4]), 2)
-    assert [name for name, rank in owner.items() if rank == owner["layer2"]] == ["layer2"]
-
-
-def test_every_process_comes_to_the_same_shares():
-    """It is asked on each: nothing but the jobs, in their order, may decide."""
-    rng = random.Random(0)
-    costs = [rng.choice([1.0, 8.0, 27.0]) for _ in range(40)]
-    assert all(shares(jobs_of(costs), 4) == shares(jobs_of(costs), 4) for _ in range(3))
+    owner = deal_out(dict(enumerate([1, 2, 100, 3, 4])), [0.0, 0.0])
+    assert [job for job, rank in owner.items() if rank == owner[2]] == [2]
 
 
 def test_alone_the_sum_is_what_there_is():
@@ -78,6 +62,9 @@ def test_alone_the_sum_is_what_there_is():
 
 def test_alone_every_job_runs_once_and_none_is_blank():
     runs = []
+
+    def refuse():
+        raise AssertionError("nobody else does this work")
 
     def job(name):
         return Job(1.0, refuse, lambda: runs.append(name) or {"root": torch.full((1,), float(len(runs)))})

@@ -1,4 +1,4 @@
-"""The errors plywise raises: each says what, in which layer, why, and how to mend it."""
+"""The errors plywise raises: each says what, in which layer, why, and how to fix it."""
 
 import re
 from typing import Any
@@ -14,7 +14,7 @@ class PlywiseError(RuntimeError):
     """Base class of plywise's errors.
 
     Args:
-        args: what is wrong, where, why, and how to mend it.
+        args: what is wrong, where, why, and how to fix it.
         see: the anchor of the section about just this, on the page of errors. Default: that of the class.
 
     Attributes:
@@ -57,7 +57,7 @@ class BenchError(PlywiseError):
 
 
 class CardError(PlywiseError):
-    """The docstring of a method is no card."""
+    """The docstring of a method is not a card."""
 
 
 class MissingPackageError(PlywiseError):
@@ -85,7 +85,7 @@ class StateError(PlywiseError):
 
 
 class BlockError(PlywiseError):
-    """A network does not come apart into blocks, or blocks do not fit together."""
+    """A network cannot be cut into blocks, or blocks do not fit together."""
 
 
 class ContractError(PlywiseError, AssertionError):

@@ -36,7 +36,7 @@ def test_a_line_that_is_being_written_is_not_there_yet(tmp_path):
     assert write_page(folder)[0].read_text(encoding="utf-8") == before
     with (folder / "trials.jsonl").open("a") as file:
         file.write("\n")
-    with pytest.raises(PlywiseError, match="is no trial"):
+    with pytest.raises(PlywiseError, match="is not a trial"):
         write_page(folder)
 
 

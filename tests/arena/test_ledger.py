@@ -51,7 +51,7 @@ def test_a_foreign_line_is_named_and_moved_aside(tmp_path, text):
     with path.open("a") as file:
         file.write(text)
     Ledger(path).add(line(1))
-    with pytest.raises(PlywiseError, match=r"Line 2 of .*trials.jsonl is no trial .* The command .* sets"):
+    with pytest.raises(PlywiseError, match=r"Line 2 of .*trials.jsonl is not a trial .* The command .* sets"):
         list(read(path))
     again = Ledger(path)
     assert [key.trial for key in again.lines] == [0, 1]
@@ -94,7 +94,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        with pytest.raises(PlywiseError, match=r"Line \d of .*trials.jsonl is no trial"):
+        with pytest.raises(PlywiseError, match=r"Line \d of .*trials.jsonl is not a trial"):
             list(read(path))
 
 

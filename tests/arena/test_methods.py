@@ -266,7 +266,7 @@ def test_optimizer_and_method_by_address(tmp_path, monkeypatch):
     assert find_method("torch.optim:Adam").space["lr"].low == 1e-4
     with pytest.raises(pw.PlywiseError, match="int"):
         find_method("mine_of_methods:number")
-    with pytest.raises(pw.PlywiseError, match=r"no subclass of torch\.optim\.Optimizer"):
+    with pytest.raises(pw.PlywiseError, match=r"not a subclass of torch\.optim\.Optimizer"):
         find_method("proxprop+mine_of_methods:method")
 
 

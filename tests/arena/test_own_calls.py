@@ -165,5 +165,5 @@ def test_a_model_without_a_matching_argument_is_refused():
 def test_local_learners_refuse_models_with_several_inputs():
     workload = make_workload("tensor", "dicts")
     assert (workload.blocks, workload.calls) == (0, "scores")
-    assert "comes apart into blocks" in find_method("local-loss").refuses(workload)
+    assert "can be cut into blocks" in find_method("local-loss").refuses(workload)
     assert torch.is_tensor(workload.make_data().train.y)

@@ -177,7 +177,7 @@ def test_blocks():
     assert make_workload(blocks=2).blocks == 2
     assert make_workload(blocks=0).blocks == 0
     assert make_workload("image", "images").blocks == 0, "a single layer is not cut"
-    with pytest.raises(BlockError, match="comes apart into 3 at most"):
+    with pytest.raises(BlockError, match="can be cut into 3 at most"):
         make_workload(blocks=7)
 
 
@@ -224,7 +224,7 @@ def test_it_trains_and_the_callers_random_numbers_are_left_alone():
         ("high", "3 outputs, and targets go up to 3: it needs 4"),
         ("giant", "3 outputs, and targets go up to 1000000000000: it needs"),
         ("words_as_x", "the inputs are words, and no numbers"),
-        ("ragged", "no array of numbers"),
+        ("ragged", "not an array of numbers"),
         ("five", "returned 5 things; it must return"),
         ("nothing", "returned a NoneType; it must return"),
         ("boom", "user:boom raised ValueError: not today"),

@@ -349,7 +349,7 @@ def test_missing_parts_are_named(tmp_path):
             call()
     with pytest.raises(pw.PlywiseError, match="Did you mean digits-mlp"):
         bench(workloads="digits-mpl", out=tmp_path)
-    with pytest.raises(pw.PlywiseError, match="is no bench"):
+    with pytest.raises(pw.PlywiseError, match="is not a bench"):
         load(tmp_path)
     network = make_model()
     with pytest.raises(pw.PlywiseError, match="returned the same network twice"):

@@ -169,7 +169,7 @@ def test_numbers_in_tables():
     ("change", "why"),
     [
         ({"name": "a/../b"}, "experiment has letters"),
-        ({"claims": (Claim("tuned", "slwo"),)}, r"about 'slwo', which is no arm\. Did you mean slow"),
+        ({"claims": (Claim("tuned", "slwo"),)}, r"about 'slwo', which is not an arm\. Did you mean slow"),
         ({"arms": MINE_ARMS + MINE_ARMS[:1]}, "two arms are called 'slow'"),
         ({"arms": (replace(MINE_ARMS[0], rates=()), *MINE_ARMS[1:])}, "slow has no rate"),
     ],

@@ -263,7 +263,7 @@ def test_another_bench_in_the_folder_is_refused(tmp_path, resolve):
     with pytest.raises(StateError, match="own has changed since"):
         bench(tmp_path, resolve, ["sgd"])
     (tmp_path / "bench.json").write_text("[]")
-    with pytest.raises(StateError, match="no description of a bench"):
+    with pytest.raises(StateError, match="not a description of a bench"):
         bench(tmp_path, resolve, ["sgd"])
 
 

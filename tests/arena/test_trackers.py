@@ -151,5 +151,5 @@ def test_trackers_are_an_extra(folder, tmp_path, monkeypatch, absent, export, wh
 
 
 def test_no_bench(tmp_path):
-    with pytest.raises(PlywiseError, match=r"is no bench: .*bench\.json"):
+    with pytest.raises(PlywiseError, match=r"is not a bench: .*bench\.json"):
         list_runs(tmp_path)

@@ -153,9 +153,9 @@ def test_a_network_that_changes_its_input_changes_no_data(data):
         def forward(self, x):
             return super().forward(x.mul_(0.5))
 
-    before = [split.x.clone() for split in vars(data).values()]
+    before = [split.x.clone() for split in data.parts]
     assert run_short_trial(data, make_begin(lambda: Halving(*make_model())), test=True).failure is None
-    assert all(torch.equal(x, split.x) for x, split in zip(before, vars(data).values(), strict=True))
+    assert all(torch.equal(x, split.x) for x, split in zip(before, data.parts, strict=True))
 
 
 def test_measuring_is_off_the_clocks(data):
@@ -210,7 +210,7 @@ def test_divergence_is_an_outcome(data, rule):
 
 
 def test_a_large_loss_that_was_large_before_has_not_diverged(data):
-    far = Data(*(Split(split.x, 1e4 * split.x[:, 20:21]) for split in vars(data).values()))
+    far = Data(*(Split(split.x, 1e4 * split.x[:, 20:21]) for split in data.parts))
 
     def begin():
         model = nn.Linear(64, 1)

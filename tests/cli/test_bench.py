@@ -125,7 +125,7 @@ def test_hidden_workloads_say_their_seed(plywise, tmp_path):
         ([*OWN, "--workers", "-1"], "at least 1"),
         ([*OWN[:-1], "900"], "mine:model has 240 training samples, less than a batch of 900"),
         ([*OWN, "--out", "mine.py"], "mine.py is a file; --out names a folder"),
-        ([*OWN, "--methods", "local-loss", "--blocks", "0"], "a network that comes apart into blocks"),
+        ([*OWN, "--methods", "local-loss", "--blocks", "0"], "a network that can be cut into blocks"),
         ([*OWN, "--device", "cuda:99"], "Nothing can run on device 'cuda:99' here"),
         (["bench", "mine:broken_model", "--data", "mine:data"], "ValueError: no such layer"),
         (["bench", "mine:model", "--data", "mine:nothing"], "has no 'nothing'"),

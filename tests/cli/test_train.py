@@ -121,7 +121,7 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
     assert code == 0
     assert "none to test on" in out
     assert "accuracy" not in out
-    assert "mine:net comes apart into 3 blocks, fewer than the default of 4." in out
+    assert "mine:net can be cut into 3 blocks, fewer than the default of 4." in out
     assert "mine:net is cut at units 0,1,2; --split 0,1,2 cuts it there again." in out
     session = open_session(TrainConfig(data="d.npz", model="mine:net", out=tmp_path / "a"))
     assert session._data.train.x.max() <= 1
@@ -146,9 +146,9 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
         (["--optimizer-set", "beta=1"], "Adam has no hyper-parameter 'beta'. Did you mean betas?"),
         (["--optimizer-set", "weight_decay=-1"], "Invalid weight_decay value"),
         (["--rule", "Prox"], "Did you mean ProxProp"),
-        (["--rule", "mine:net"], "mine:net is no subclass of plywise.Rule."),
-        (["--learner", "mine:net"], "mine:net is no subclass of plywise.Learner."),
-        (["--optimizer", "mine:net"], "mine:net is no subclass of torch.optim.Optimizer."),
+        (["--rule", "mine:net"], "mine:net is not a subclass of plywise.Rule."),
+        (["--learner", "mine:net"], "mine:net is not a subclass of plywise.Learner."),
+        (["--optimizer", "mine:net"], "mine:net is not a subclass of torch.optim.Optimizer."),
         (["--rule", "ProxProp", "--rule-set", "ta=1"], "ProxProp has no hyper-parameter 'ta'"),
         (["--rule", "ProxProp", "--rule-set", "tau=-1"], "above 0, not -1"),
         (["--rule-set", "tau=1"], "rule-set is given (tau=1), and no rule."),
@@ -158,7 +158,7 @@ def test_a_data_file_and_a_model_to_cut(plywise, tmp_path):
         (["--model", "mine:three"], "it made a tuple with a int in it"),
         (["--model", "mine:mixed"], "it made a list with a int in it"),
         (["--model", "mine:nett"], "has no 'nett'. Did you mean net?"),
-        (["--model", "mine:net", "--blocks", "7"], "comes apart into 3 at most"),
+        (["--model", "mine:net", "--blocks", "7"], "can be cut into 3 at most"),
         (["--model", "mine:net", "--data", "digits"], "The data are the digits of plywise; --data names"),
         (
             ["--model", "torch.nn:Flatten"],

@@ -161,7 +161,7 @@ def test_a_rule_that_forgets_the_bias() -> None:
 
 
 def test_a_rule_that_is_no_dataclass_is_refused_at_once() -> None:
-    with pytest.raises(pw.AttachError, match=r"Loose is no dataclass.*with rate as fields"):
+    with pytest.raises(pw.AttachError, match=r"Loose is not a dataclass.*with rate as fields"):
         check_rule(Loose)
 
 

@@ -77,7 +77,7 @@ def write_a_bomb(folder):
 @pytest.mark.parametrize("spoil", [cut_short, link_to_nothing, write_a_bomb])
 def test_an_image_that_cannot_be_read_is_named(tmp_path, spoil):
     spoil(tmp_path / "pets")
-    with pytest.raises(PlywiseError, match=r"cat/[0x].png is no image that can be read: .*[^.]\. Repair it"):
+    with pytest.raises(PlywiseError, match=r"cat/[0x].png is not an image that can be .*[^.]\. Repair it"):
         read_parts("pets")
 
 
@@ -117,7 +117,7 @@ def test_arrays_go_by_the_names_of_parts_and_others_are_said():
     [
         (X, np.array(["a", "b", "c"])[Y], r"targets are of type <U1, .* numpy.unique"),
         (X, np.arange("2024-01", "2024-03", dtype="M8[D]"), r"targets are of type datetime64"),
-        (np.zeros(60, [("a", "f4")]), Y, "inputs are of type .* which is no number"),
+        (np.zeros(60, [("a", "f4")]), Y, "inputs are of type .* which is not a number"),
         (X, np.array([{}] * 60), "pickled objects, and reading them would run code. Save arrays of numbers"),
     ],
 )
@@ -148,7 +148,7 @@ def test_classes_without_a_sample_are_said(values, gap):
 
 @pytest.mark.parametrize("target", ["1,000", "12%", "$5", "1.000,5", "3,5"])
 def test_numbers_as_people_write_them_are_no_words(target):
-    with pytest.raises(PlywiseError, match=r"column 'y': .* is no number. Write numbers without separators"):
+    with pytest.raises(PlywiseError, match=r"column 'y': .* is not a number. Write numbers without"):
         read_parts(write_table([f'{n},{n * 2},"{target}"' for n in range(30)]))
 
 

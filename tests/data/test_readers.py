@@ -57,8 +57,8 @@ def test_idx_of_other_types_is_in_this_machines_byte_order(tmp_path):
         (IDX[:-1], "39 bytes and its header says 40: it is cut short"),
         (IDX + b"x", "there is more in it"),
         (IDX[:7], "ends inside its header"),
-        (b"\x89PNG\r\n", "is no IDX file: it starts with 89 50 4e 47"),
-        (b"\0\0\x07\x01....", "is no IDX file"),
+        (b"\x89PNG\r\n", "is not an IDX file: it starts with 89 50 4e 47"),
+        (b"\0\0\x07\x01....", "is not an IDX file"),
         (b"", "nothing"),
         (gzip.compress(IDX, mtime=0)[:-10], "is cut short or damaged"),
         (gzip.compress(IDX, mtime=0)[:12] + b"\xff" * 30, "is cut short or damaged"),
@@ -136,7 +136,7 @@ def test_what_is_no_cifar_archive_is_said(tmp_path):
     with pytest.raises(PlywiseError, match="a label of 77"):
         read_cifar10_archive(archive(tmp_path, {**cifar_files(), "data_batch_3.bin": odd}))
     (tmp_path / "other").write_bytes(b"text" * 500)
-    with pytest.raises(PlywiseError, match="no tar archive"):
+    with pytest.raises(PlywiseError, match="is not a tar archive"):
         read_cifar10_archive(tmp_path / "other")
 
 
@@ -178,7 +178,7 @@ def test_what_is_no_cifar100_archive_is_said(tmp_path):
     with pytest.raises(PlywiseError, match=r"test\.bin .*6,147 bytes, no multiple of the 3074"):
         read_cifar100_archive(archive(tmp_path, short))
     odd = {**files, "train.bin": files["train.bin"][:1] + b"\x64" + files["train.bin"][2:]}
-    with pytest.raises(PlywiseError, match="a label of 100: it is no batch of CIFAR-100"):
+    with pytest.raises(PlywiseError, match="a label of 100: it is not a batch of CIFAR-100"):
         read_cifar100_archive(archive(tmp_path, odd))
 
 
@@ -265,11 +265,11 @@ def test_tables(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a,b\n1,2\n3,red\n", "row 2, column 'b': 'red' is no number"),
+        ("a,b\n1,2\n3,red\n", "row 2, column 'b': 'red' is not a number"),
         ("a,b\n1\n", "line 2: it has 1 cells, the first line 2"),
         ("a,b\n1,2,3\n", "line 2: it has 3 cells, the first line 2"),
         ("a,b\n1,2\n\n3,4,5\n", "line 4: it has 3 cells, the first line 2"),
-        ("a,b\n1,2_0\n", "row 1, column 'b': '2_0' is no number"),  # Python takes it for 20
+        ("a,b\n1,2_0\n", "row 1, column 'b': '2_0' is not a number"),  # Python takes it for 20
         ("a;b\n1;2\n", "has one column, with ';' in it"),
         ("1\t2\n3\t4\n", "has one column, with '.t' in it"),
         ("a,b\n", "has no rows"),

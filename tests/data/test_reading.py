@@ -67,7 +67,7 @@ def test_names_that_count_are_those_of_pandas(tmp_path):
 def test_a_first_sample_that_lacks_a_number_is_no_line_of_names(tmp_path, first):
     path = tmp_path / "t.csv"
     path.write_text(f"{first}\n1,2,0\n")
-    with pytest.raises(PlywiseError, match=r"NaN or infinity in 1 of 2 samples|'NA' is no number"):
+    with pytest.raises(PlywiseError, match=r"NaN or infinity in 1 of 2 samples|'NA' is not a number"):
         read(str(path))
     train, guesses = read(str(path), "header=yes")
     assert len(train.y) == 1
@@ -93,7 +93,7 @@ def test_words_as_targets_are_classes_in_the_order_of_the_alphabet(tmp_path):
     )
     train, _ = read(path, "target=y,targets=classes")
     assert train.y.tolist() == [3, 2, 3, 0, 1] * 3
-    with pytest.raises(PlywiseError, match="row 1, column 'y': 'dog' is no number"):
+    with pytest.raises(PlywiseError, match="row 1, column 'y': 'dog' is not a number"):
         read(path, "targets=numbers")
 
 
@@ -104,13 +104,13 @@ def test_many_words_are_classes_all_the_same(tmp_path):
 
 @pytest.mark.parametrize("target", [["cat", "", "dog"], ["1", "cat", "1"], ["", "cat", "dog"]])
 def test_words_beside_numbers_or_nothing_are_refused(tmp_path, target):
-    with pytest.raises(PlywiseError, match=r"NaN or infinity in 1 of 3|'cat' is no number"):
+    with pytest.raises(PlywiseError, match=r"NaN or infinity in 1 of 3|'cat' is not a number"):
         read(table(tmp_path, target))
 
 
 def test_words_among_the_inputs_are_refused(tmp_path):
     (tmp_path / "t.csv").write_text("city,y\nRome,0\nOslo,1\n")
-    with pytest.raises(PlywiseError, match="column 'city': 'Rome' is no number"):
+    with pytest.raises(PlywiseError, match="column 'city': 'Rome' is not a number"):
         read(str(tmp_path / "t.csv"))
     assert read(str(tmp_path / "t.csv"), "target=city")[0].y.tolist() == [1, 0]
 

@@ -59,7 +59,7 @@ def test_loaders_give_their_batches(name):
     widths = {x["ids"].shape[1] for x, _ in train.chunks(1)}
     assert len(widths) == 1 or max(widths) <= 6
     x, y = next(train.chunks(1))
-    assert set(x) == {"ids", "attention_mask", "labels"}, "words are no numbers"
+    assert set(x) == {"ids", "attention_mask", "labels"}, "words are not numbers"
     assert torch.equal(x["labels"], y)
     assert f"mine:{name}, train: text: no numbers, and left out." in parts.guesses
 
@@ -171,7 +171,7 @@ def test_images_that_cannot_be_read(tmp_path):
     with pytest.raises(PlywiseError, match="has a class 'bird' that training has not"):
         read_parts("more")
     (tmp_path / "mixed" / "cat" / "00.png").write_text("no image")
-    with pytest.raises(PlywiseError, match=r"00.png is no image that can be read"):
+    with pytest.raises(PlywiseError, match=r"00.png is not an image that can be read"):
         read_parts("mixed")
 
 

@@ -137,7 +137,7 @@ class NoMoreFields(Plain):
 def test_a_rule_that_is_no_dataclass(make, fields):
     rule = make()
     name = type(rule).__name__
-    words = rf"{name} is no dataclass.*@dataclass\(frozen=True, eq=False\) above the class,?{fields}"
+    words = rf"{name} is not a dataclass.*@dataclass\(frozen=True, eq=False\) above the class,?{fields}"
     for use in (lambda: run(rule), lambda: str(rule), lambda: copy.copy(rule)):
         with pytest.raises(pw.AttachError, match=words):
             use()

@@ -111,9 +111,11 @@ def test_numbers():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="targets knows classes, labels, numbers, not 'words'"):
+    with pytest.raises(
+        ValueError, match="targets must be one of 'classes', 'labels', 'numbers', not 'words'"
+    ):
         learner_of(targets="words")
-    with pytest.raises(ValueError, match="decay knows block, bridge, encoder, decoder, not 'f'"):
+    with pytest.raises(ValueError, match="a name in decay must be one of 'block', 'bridge', 'encoder'"):
         learner_of(decay={"f": 0.1})
 
 

@@ -44,7 +44,7 @@ def test_votes_add_up_or_the_last_one_decides(depth):
             opinions.append(head(a))
         wanted = sum(opinions) if votes == "all" else opinions[-1]
         torch.testing.assert_close(learner.as_module(depth)(x), wanted, rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match="all, last"):
+    with pytest.raises(ValueError, match="one of 'all', 'last', not 'some'"):
         learner_of(modules, x, votes="some")
 
 

@@ -161,7 +161,7 @@ def test_a_rule_inside():
 def test_what_it_refuses():
     modules, (x, y) = transformer(), tokens()
     blocks = pw.Blocks(modules, x)
-    with pytest.raises(pw.BlockError, match="no part of the first block"):
+    with pytest.raises(pw.BlockError, match="not part of the first block"):
         pw.LocalNextToken(blocks, V, tied=nn.Embedding(V, WIDTH), optimizer=Recorded())
     with pytest.raises(pw.BlockError, match="7 rows for 9 tokens"):
         pw.LocalNextToken(blocks, 9, tied=modules[0][0].tokens, optimizer=Recorded())
@@ -170,5 +170,5 @@ def test_what_it_refuses():
     learner = pw.LocalNextToken(blocks, V, optimizer=Recorded())
     with pytest.raises(pw.PlywiseError, match=r"2 dimensions, not torch.int64 of shape \(5,\)"):
         learner.step(x, y[:, 0])
-    with pytest.raises(pw.PlywiseError, match="no token for each place"):
+    with pytest.raises(pw.PlywiseError, match="not a token for each place"):
         learner.step(x, y[:, :-1])

@@ -244,7 +244,7 @@ def test_lost_checkpoints_are_missed(tmp_path):
     with pytest.raises(StateError, match=r"no plan\.json"):
         open_session(plan(tmp_path / "a"))
     (tmp_path / "a" / "plan.json").write_text("[]")
-    with pytest.raises(StateError, match=r"plan\.json is no plan"):
+    with pytest.raises(StateError, match=r"plan\.json is not a plan"):
         open_session(plan(tmp_path / "a"))
     assert run(plan(tmp_path / "a"), stop=2, fresh=True).began == 0
     assert len(log(tmp_path / "a")) == 2
@@ -283,7 +283,7 @@ def test_a_damaged_plan_or_log_is_said(tmp_path):
     assert "lacks 1 of 8 steps" in again.note
     assert [line["step"] for line in log(tmp_path / "a")] == [1, 2, 4, 5, 6, 7, 8, 9]
     (tmp_path / "a" / "plan.json").write_text(text.replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(StateError, match=r"plan\.json is no plan of plywise, or damaged: it does not fit"):
+    with pytest.raises(StateError, match=r"plan\.json is not a plan of plywise, or damaged: it does not fit"):
         open_session(plan(tmp_path / "a", seed=1))
 
 

@@ -1,4 +1,4 @@
-"""What does not come apart: the error says where and why, and the model stays as it is."""
+"""What cannot be cut: the error says where and why, and the model stays as it is."""
 
 import itertools
 
@@ -85,9 +85,9 @@ REFUSALS = {
     "more than units": (
         mlp,
         6,
-        r"Sequential comes apart into 5 at most \('0', '1', '4', '5', '6'\), and 6",
+        r"Sequential can be cut into 5 at most \('0', '1', '4', '5', '6'\), and 6",
     ),
-    "one layer": (lambda: nn.Linear(8, 8), 2, "Linear does not come apart: it is a layer of torch's own"),
+    "one layer": (lambda: nn.Linear(8, 8), 2, "Linear cannot be cut: it is a layer of torch's own"),
     "no parameters": (lambda: nn.Sequential(nn.ReLU(), nn.Tanh()), 2, "into 1 at most"),
     "nothing": (nn.Sequential, 2, "into 0 at most"),
     "skip": (

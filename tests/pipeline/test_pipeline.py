@@ -241,7 +241,7 @@ def test_nothing_that_comes_from_other_processes_is_unpickled(crew: Crew, tmp_pa
 
 def test_what_is_no_signal_is_refused(crew: Crew) -> None:
     first, second = crew.outcomes(2, jobs.send_noise)
-    assert second.value == "What came from the stage before is no message of a plywise pipeline."
+    assert second.value == "What came from the stage before is not a message of a plywise pipeline."
     assert f"stage 1 (rank 1) failed: PipelineError: {second.value}" in first.value
 
 

@@ -188,7 +188,7 @@ def message_with(changes: dict[int, int], rows: int = 4) -> Tensor:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({0: MAGIC + 1}, "is no message"),
+        ({0: MAGIC + 1}, "is not a message"),
         ({1: -2}, "header .* is broken"),
         ({2: len(DTYPES)}, "header .* is broken"),
         ({2: -2}, "header .* is broken"),
@@ -243,7 +243,7 @@ def test_no_header_reads_beyond_its_message(changes: dict[int, int], length: int
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=1000))
 def test_other_bytes_are_no_message(noise: bytes) -> None:
-    with pytest.raises(PipelineError, match="is no message"):
+    with pytest.raises(PipelineError, match="is not a message"):
         unpack(torch.frombuffer(bytearray(b"\0" + noise), dtype=torch.uint8))
 
 

@@ -1,4 +1,4 @@
-"""Tokens flattened on the way are no samples: a network and its flattened twin move equally.
+"""Tokens flattened on the way are not samples: a network and its flattened twin move equally.
 
 GPT-2's Conv1D multiplies with a view of its input as (N · T, d). All calls of a backward pass have the
 samples of the topmost call.

@@ -1,4 +1,4 @@
-"""Back-matching's measurement on networks that are no chains: several heads, reused and frozen layers."""
+"""Back-matching's measurement on networks that are not chains: several heads, reused and frozen layers."""
 
 import threading
 from functools import partial
@@ -22,7 +22,7 @@ from plywise.data.digits import load_digits
 pytestmark = pytest.mark.usefixtures("double")
 
 
-# ---- networks that are no chains -----------------------------------------------------------------------
+# ---- networks that are not chains -----------------------------------------------------------------------
 
 
 class Heads(nn.Module):

@@ -44,7 +44,7 @@ def require_choice(owner: object, name: str, value: object, choices: tuple[str, 
 
 
 def require_kind(owner: object, name: str, value: object, kind: type, noun: str) -> None:
-    """Raise TypeError for a value that is no instance of a class, which the message calls ``noun``."""
+    """Raise TypeError for a value that is not an instance of a class, which the message calls ``noun``."""
     if not isinstance(value, kind):
         raise TypeError(f"{_name(owner)}: {name} must be {noun}, not {describe_kind(value)}.")
 

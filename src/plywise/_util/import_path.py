@@ -31,7 +31,7 @@ def load(address: str, what: str) -> Any:
         what: what it is for, for the error: "your model".
 
     Raises:
-        PlywiseError: it is no address, or there is nothing there, or importing it fails.
+        PlywiseError: it is not an address, or there is nothing there, or importing it fails.
 
     Example:
         >>> load("math:tau", "the circle")
@@ -59,7 +59,7 @@ def call_factory(address: str, what: str) -> Any:
     """Call the function at ``module:name`` and return its result.
 
     Raises:
-        PlywiseError: see `load`; or it is no function without arguments, or it raises.
+        PlywiseError: see `load`; or it is not a function without arguments, or it raises.
 
     Example:
         >>> call_factory("builtins:dict", "the dictionary")

@@ -30,7 +30,7 @@ def unseal(text: str) -> Any:
     """Return the content of a text without its check. A text of an older version needs no check.
 
     Raises:
-        ValueError: it is no JSON, does not fit its check, or the check itself is damaged.
+        ValueError: it is not JSON, does not fit its check, or the check itself is damaged.
 
     Example:
         >>> unseal('{"a": 1, "check": "2445ef814befe2c2"}')

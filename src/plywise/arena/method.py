@@ -124,7 +124,7 @@ class Method:
             )
 
     def require(self) -> None:
-        """Check that the package it needs is installed; a missing package is no failure of the method.
+        """Check that the package it needs is installed; a missing package is not a failure of the method.
 
         Raises:
             PlywiseError: the package is missing.

@@ -30,7 +30,7 @@ class Range:
 
     def __post_init__(self) -> None:
         if not (self.low < self.high and self.low <= self.default <= self.high):
-            raise BenchError(f"{self} is no range: low < high, and the default between them.")
+            raise BenchError(f"{self} is not a range: low < high, and the default between them.")
         if self.log and self.low <= 0:
             raise BenchError(f"{self} cannot be searched by its logarithm: low must be above 0.")
 

@@ -40,7 +40,7 @@ class Task:
 
 
 class WholeSetTask(Task):
-    """A task whose metric is no mean over samples: it is read from the outputs of the whole set at once."""
+    """A task whose metric is not a mean over samples: it is computed from the outputs of the whole set."""
 
     def measure(self, predict: Callable[[Batch], Tensor], part: Part, batch: int) -> float:
         """The metric over a set, which the network sees batch by batch."""
@@ -99,7 +99,7 @@ RANKING = WholeSetTask(
     F.binary_cross_entropy_with_logits, wrong_order, "share of pairs in the wrong order", chance=0.5
 )
 WHOLE_SET = (wrong_order,)
-"""Metrics that are no means over samples."""
+"""Metrics that are not means over samples."""
 
 
 def step_loss(output: Tensor, y: Batch) -> Tensor:

@@ -249,8 +249,8 @@ def _read_config(out: Path) -> BenchConfig:
     except (ValueError, KeyError, TypeError) as error:
         why = error if isinstance(error, ValueError) else repr(error)
         raise StateError(
-            f"{path} is no description of a bench, or it was damaged or edited: {why}. Bring back the file "
-            "as it was, or begin a bench in another --out.",
+            f"{path} is not a description of a bench, or it was damaged or edited: {why}. Bring back the "
+            "file as it was, or begin a bench in another --out.",
             see="state-bench",
         ) from error
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PACKAGE = Path(__file__).parents[1]
 
 PIPE_WIDTH = 200
-"""Columns where the output is no terminal: wide enough that no table wraps in a file or under grep."""
+"""Columns where the output is not a terminal: wide enough that no table wraps in a file or under grep."""
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _is_unicode(encoding: str | None) -> bool:
 
 
 def _convert(value: Any) -> Any:
-    """A value that is no JSON as one that is."""
+    """Return a value that JSON does not know as one that it knows."""
     if is_dataclass(value) and not isinstance(value, type):
         return map_floats(asdict(value), drop_infinite)
     return list(value) if isinstance(value, set | frozenset) else str(value)

@@ -94,7 +94,7 @@ def introduce(session: Session, screen: Console, *more: str) -> None:
     count = len(session.engine.learner.trainers)
     if plan.model and not (plan.step or plan.blocks or plan.split) and count < BLOCKS:
         blocks = f"{count} block{'s' if count > 1 else ''}"
-        lines.append(f"{plan.model} comes apart into {blocks}, fewer than the default of {BLOCKS}.")
+        lines.append(f"{plan.model} can be cut into {blocks}, fewer than the default of {BLOCKS}.")
     if record is not None and record.starts:
         cut = ",".join(map(str, record.starts))
         lines.append(f"{plan.model} is cut at units {cut}; --split {cut} cuts it there again.")

@@ -43,7 +43,7 @@ def make_tensor(values: Any, what: str) -> Tensor:
         what: their name in errors.
 
     Raises:
-        PlywiseError: they are no array of real numbers with rows, or some are not finite in float32.
+        PlywiseError: they are not an array of real numbers with rows, or some are not finite in float32.
     """
     if isinstance(values, np.ndarray):
         values = _make_readable(values, what)
@@ -55,7 +55,7 @@ def make_tensor(values: Any, what: str) -> Tensor:
         if isinstance(values, list | tuple) and values and isinstance(values[0], str):
             raise DataError(f"{what} are words, and no numbers. {WORDS}") from error
         reason = str(error).rstrip(".")
-        raise DataError(f"{what} are no array of numbers: {reason}.") from error
+        raise DataError(f"{what} are not an array of numbers: {reason}.") from error
     if tensor.dim() == 0:
         raise DataError(f"{what} are a single number, not a row for each sample.")
     if tensor.is_complex():
@@ -81,7 +81,7 @@ def _make_readable(values: NDArray[Any], what: str) -> NDArray[Any]:
         PlywiseError: its type is not one of numbers.
     """
     if values.dtype.kind not in "biufc":
-        raise DataError(f"{what} are of type {values.dtype}, which is no number. {WORDS}")
+        raise DataError(f"{what} are of type {values.dtype}, which is not a number. {WORDS}")
     if values.dtype == np.longdouble:
         return values.astype(np.float64)
     return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))

@@ -88,7 +88,7 @@ def _read_image(file: Path, read: Callable[[Any], Any]) -> Any:
     except Exception as error:  # a damaged image raises OSError, SyntaxError, ValueError and others
         reason = describe_failure(error, file)
         raise DataError(
-            f"{file} is no image that can be read: {reason}. Repair it, or take it away."
+            f"{file} is not an image that can be read: {reason}. Repair it, or take it away."
         ) from error
 
 

@@ -206,7 +206,7 @@ def cut_parts(address: str, parts: Parts) -> OwnData:
         how = f"your validation samples, test a ninth of your training {what}, drawn by a fixed seed"
     else:
         data, how = Data(train, parts["validation"], parts["test"]), "your own three parts"
-    sizes = [len(part) for part in vars(data).values()]
+    sizes = [len(part) for part in data.parts]
     how = f"{how}{twins}: {sizes[0]:,} to train, {sizes[1]:,} to validate, {sizes[2]:,} to test"
     return OwnData(data, how + _describe_streams(parts), parts.guesses)
 

@@ -41,9 +41,14 @@ class Data:
     validation: Any
     test: Any
 
+    @property
+    def parts(self) -> tuple[Any, Any, Any]:
+        """The three sets."""
+        return self.train, self.validation, self.test
+
     def to(self, device: str) -> Data:
         """Return the data on a device."""
-        return Data(*(part.to(device) for part in vars(self).values()))
+        return Data(*(part.to(device) for part in self.parts))
 
     def save(self, path: Path) -> None:
         """Write the tensors, or the paths of stored batches, for `load` in other processes.
@@ -73,7 +78,7 @@ class Data:
 
     def fingerprint(self) -> str:
         """Compute a digest of all values."""
-        return compute_digest(vars(self).values())
+        return compute_digest(self.parts)
 
     @staticmethod
     def load(path: Path) -> Data:

@@ -66,8 +66,8 @@ def read_idx(path: Path) -> NDArray[np.generic]:
     content = read_bytes(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _IDX_TYPES:
         raise DataError(
-            f"{path} is no IDX file: it starts with {content[:4].hex(' ') or 'nothing'}, not with 00 00, a "
-            "type (08 for bytes) and the number of dimensions."
+            f"{path} is not an IDX file: it starts with {content[:4].hex(' ') or 'nothing'}, not with 00 00, "
+            "a type (08 for bytes) and the number of dimensions."
         )
     kind, dimensions = np.dtype(_IDX_TYPES[content[2]]), content[3]
     if dimensions > _IDX_DIMENSIONS:
@@ -157,7 +157,7 @@ def read_colour_images(path: Path) -> tuple[Bytes, Bytes]:
     arrays = read_npz(path)
     streams = [arrays[f"images_{number}"] for number in range(len(arrays)) if f"images_{number}" in arrays]
     if missing := [name for name in ("hw", "step", "labels") if name not in arrays]:
-        raise DataError(f"{path} has no {', '.join(missing)}: it is no file of colour images.")
+        raise DataError(f"{path} has no {', '.join(missing)}: it is not a file of colour images.")
     height, width = (int(size) for size in arrays["hw"])
     most = 3 * height * width * len(arrays["labels"])
 
@@ -224,7 +224,7 @@ def _read_cifar_archive(path: Path, kind: _Cifar) -> tuple[Bytes, Bytes, Bytes, 
                 if (file := archive.extractfile(member)) is not None:
                     found[name] = _read_cifar_batch(path / name, file.read(), kind)
     except tarfile.TarError as error:
-        raise DataError(f"{path} is no tar archive, or damaged: {error}. Get it again.") from error
+        raise DataError(f"{path} is not a tar archive, or damaged: {error}. Get it again.") from error
     if missing := [name for name in kind.files if name not in found]:
         raise DataError(f"{path} has no {', '.join(missing)}: it is not {kind.name}'s binary version.")
     *train, test = (found[name] for name in kind.files)
@@ -243,7 +243,7 @@ def _read_cifar_batch(path: Path, content: bytes, kind: _Cifar) -> tuple[Bytes, 
     rows = np.frombuffer(content, np.uint8).reshape(-1, size)
     labels, pixels = rows[:, kind.labels - 1], rows[:, kind.labels :]
     if labels.max() >= kind.classes:
-        raise DataError(f"{path} has a label of {labels.max()}: it is no batch of {kind.name}.")
+        raise DataError(f"{path} has a label of {labels.max()}: it is not a batch of {kind.name}.")
     images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), labels.copy()
 

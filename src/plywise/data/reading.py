@@ -205,7 +205,7 @@ class Reader:
         if self.options.targets == "numbers" or not all(bool((p == p.round()).all()) for p in pieces):
             if self.options.targets == "classes":
                 raise DataError(
-                    f"{what}: column {name!r} holds other than whole numbers: these are no classes."
+                    f"{what}: column {name!r} holds other than whole numbers: these are not classes."
                 )
             return y.float()
         values = torch.cat([piece.unique() for piece in pieces]).unique()

@@ -286,6 +286,6 @@ def _parse_numbers(path: Path, row: int, names: list[str], cells: list[str]) -> 
             yield float(cell) if cell.strip() else math.nan
         except ValueError:
             raise DataError(
-                f"{path}, row {row}, column {name!r}: {cell!r} is no number. Write numbers without "
+                f"{path}, row {row}, column {name!r}: {cell!r} is not a number. Write numbers without "
                 "separators and signs of units, classes as numbers, or as columns of 0 and 1."
             ) from None

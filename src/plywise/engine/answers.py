@@ -15,7 +15,7 @@ def read_settings(rule: Any) -> dict[str, Any]:
     """Return the hyper-parameters of a rule by name.
 
     Raises:
-        AttachError: its class is no dataclass, or adds hyper-parameters to one without being one itself.
+        AttachError: its class is not a dataclass, or adds hyper-parameters to one without being one itself.
     """
     kind = type(rule)
     own = {name for name, hint in inspect.get_annotations(kind).items() if "ClassVar" not in str(hint)}
@@ -24,8 +24,8 @@ def read_settings(rule: Any) -> dict[str, Any]:
     held = sorted({*own, *(name for name in vars(rule) if not name.startswith("_"))})
     names = f", with {', '.join(held)} as fields" if held else ""
     raise AttachError(
-        f"{kind.__name__} is no dataclass, so plywise cannot read its hyper-parameters (to print, copy and "
-        f"save them). Write @dataclass(frozen=True, eq=False) above the class{names}.",
+        f"{kind.__name__} is not a dataclass, so plywise cannot read its hyper-parameters (to print, copy "
+        f"and save them). Write @dataclass(frozen=True, eq=False) above the class{names}.",
         see="attach-rule",
     )
 

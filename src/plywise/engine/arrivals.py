@@ -4,7 +4,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -15,9 +14,9 @@ from plywise.engine.capture.table import ParameterTable
 from plywise.engine.contract import RuleContract
 from plywise.engine.explain import BY_NAME
 from plywise.engine.outside_uses import Comparison, OutsideUses
+from plywise.engine.passes import find_pass, list_arriving
 from plywise.engine.selection import is_handled
 from plywise.engine.sites import TRANSFORM, ParameterEntry
-from plywise.engine.statistics.gathered import list_passes
 from plywise.errors import PlywiseError, UncapturedLayerError
 
 
@@ -101,7 +100,7 @@ class Arrivals:
 
     def arrive(self, entry: ParameterEntry) -> None:
         """Check a gradient that arrived in a parameter's ``.grad``: the rule must have answered for it."""
-        task = torch._C._current_graph_task_id()
+        task = find_pass()
         answered = self._take_answers(entry)
         if answered and not (entry.leave_next and task in self.altered):
             self._on_answered(entry)
@@ -116,9 +115,10 @@ class Arrivals:
 
     def _take_answers(self, entry: ParameterEntry) -> bool:
         """Return whether the rule has answered for this gradient; count the evidence of the answers."""
-        answered = [(site, passes) for site in entry.sites.values() if (passes := list_passes(site.answered))]
+        arriving = [(site, list_arriving(site.answered)) for site in entry.sites.values()]
+        answered = [(site, passes) for site, passes in arriving if passes]
         for site, passes in answered:
-            if self._rule.needs_backward_scale and torch._C._current_graph_task_id() not in passes:
+            if self._rule.needs_backward_scale and find_pass() not in passes:
                 raise PlywiseError(_explain_hidden(self._rule, entry))
             for task in passes:
                 del site.answered[task]

@@ -30,14 +30,12 @@ from plywise.engine.capture.calls_below import find_calls
 from plywise.engine.capture.masked_rows import find_kept
 from plywise.engine.capture.table import ParameterTable
 from plywise.engine.kept_scales import KeptScales, Values
+from plywise.engine.passes import RecentPasses, find_pass
 from plywise.engine.processes.pipelining import refuse_pipeline
 from plywise.engine.processes.replicas import find_training_group, refuse_join
 from plywise.engine.sharding import is_any_nonzero, is_spread
 from plywise.engine.sites import Site
 from plywise.errors import AttachError
-
-KEPT_PASSES = 16
-"""Backward passes that are remembered; several can run at the same time."""
 
 
 @dataclass
@@ -80,7 +78,7 @@ class BackwardScale:
         self._table = table
         self._every = every
         self._group = process_group
-        self._passes: dict[int, Pass] = {}
+        self._passes = RecentPasses[Pass]()
         self._measured: Pass | None = None  # the pass that measured for the step to come
         table.on_begin.append(self._find_group)
         if optimizer is not None:
@@ -111,7 +109,7 @@ class BackwardScale:
             weight: its weight.
             delta: the gradient at its output.
         """
-        task, site = torch._C._current_graph_task_id(), ctx.site
+        task, site = find_pass(), ctx.site
         current = self._passes.get(task) or self._begin_pass(task, site)
         if current.measures:
             current.sizes.setdefault(site, []).append(self._measure(ctx, current, task, a, weight, delta))
@@ -133,8 +131,6 @@ class BackwardScale:
         current = Pass(is_due and self._measured is None)  # not again in the next micro-batch
         if current.measures:
             self._measured = current
-        while len(self._passes) >= KEPT_PASSES:
-            del self._passes[next(iter(self._passes))]
         self._passes[task] = current
         return current
 

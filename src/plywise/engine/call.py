@@ -68,7 +68,7 @@ class LinearCall:
             leave the plain one.
         samples: samples in the batch, one number for all calls of a backward pass: the first dimension of
             the topmost call's input (1 for an unbatched linear input). A call below may have flattened
-            tokens, which are no samples. Where it is not given, the first dimension of this call's input.
+            tokens, which are not samples. Where it is not given, the first dimension of this call's input.
         is_topmost: whether it is a call of the layer that the running backward met first: the last layer.
         thin: gives a sample of the inputs by positions (see `LinearMap.sample_positions`), where rows that do
             not count have been taken out of ``a``, so that positions are not known any more.

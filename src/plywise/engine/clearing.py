@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from plywise._util.uncompiled import WHY_STEPS, leave_out
-from plywise.engine import health
-from plywise.engine.health import Health
+from plywise.engine.health import UNCLEARED, Health
 from plywise.engine.sites import ParameterEntry
 
 QUIET_STEPS = 3
@@ -30,14 +29,14 @@ class ClearingWatch:
 
     Args:
         title: the rule and the model, for messages.
-        health_: where it is counted.
+        health: where it is counted.
     """
 
     only_looks = True
 
-    def __init__(self, title: str, health_: Health) -> None:
+    def __init__(self, title: str, health: Health) -> None:
         self._title = title
-        self._health = health_
+        self._health = health
         self._handle: RemovableHandle | None = None
         self._parameter: weakref.ref[Tensor] | None = None
         self._kept: tuple[Tensor | None, int] | None = None  # after the last step: the gradient, its version
@@ -72,7 +71,7 @@ class ClearingWatch:
             self._handle.remove()
 
     def _note(self) -> None:
-        self._health.note("optimizer", health.UNCLEARED)
+        self._health.note("optimizer", UNCLEARED)
         self._steps += 1
         if self._steps == QUIET_STEPS:
             self.remove()

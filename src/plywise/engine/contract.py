@@ -252,7 +252,7 @@ class StatefulContract(RuleContract):
 
         The evidence belongs to the rule from here on, which may change its tensors in place.
         It may also return, under the key `ROUNDING_ERROR`, the relative error that rounding may have made in
-        this step's update, a scalar. That is no state: the engine counts the update if the error is large.
+        this step's update, a scalar. That is not a state: the engine counts the update if the error is large.
         """
 
     @abstractmethod

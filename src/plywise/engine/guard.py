@@ -5,16 +5,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from plywise._util.optimizers import list_parameters
 from plywise._util.uncompiled import WHY_STEPS, leave_out
-from plywise.engine import health
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.capture.capture import runs_twice
-from plywise.engine.finite import judge_gradients
-from plywise.engine.health import Health
+from plywise.engine.finite import is_finite, judge_gradients
+from plywise.engine.health import NON_FINITE, SKIPPED, Health
 from plywise.errors import NonFiniteError
 
 STEP_CODE = Optimizer.profile_hook_step(lambda: None).__code__
@@ -31,7 +30,7 @@ class StepGuard:
     Args:
         optimizer: the optimizer.
         names: names of its parameters by id.
-        health_: where skipped steps are counted.
+        health: where skipped steps are counted.
         on_nonfinite: ``"skip"``, ``"raise"`` or ``"propagate"``.
         before_step: called before each step that is taken.
         skipped: called for each step that is not taken.
@@ -46,14 +45,14 @@ class StepGuard:
         self,
         optimizer: Optimizer,
         names: dict[int, str],
-        health_: Health,
+        health: Health,
         on_nonfinite: str,
         before_step: Callable[[Optimizer], None],
         skipped: Callable[[], None],
         after_step: Callable[[Optimizer], None] = lambda optimizer: None,
     ) -> None:
         self._names = names
-        self._health = health_
+        self._health = health
         self._on_nonfinite = on_nonfinite
         self._before_step = before_step
         self._after_step = after_step
@@ -119,7 +118,7 @@ class StepGuard:
 
     @leave_out(WHY_STEPS)  # a closure is called from the step itself
     def _judge(self, optimizer: Optimizer) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for p in list_parameters(optimizer) if p.grad is not None]
         self._norms = []
         self.overflows = self._skips = False
         if not parameters and _is_skipped(optimizer):  # by the guard of another rule
@@ -131,7 +130,7 @@ class StepGuard:
         bad = [p for p in parameters if p.grad is not None and not judge_gradients([p.grad])[0]]
         names = [self._names.get(id(p), f"parameter of shape {tuple(p.shape)}") for p in bad]
         for name in names:
-            self._health.note(name, health.NON_FINITE)
+            self._health.note(name, NON_FINITE)
         message = (
             f"The gradient of {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} is not finite, "
             "so this step was not taken. Look for NaN or infinity in the batch, a rate too large, or a loss "
@@ -139,7 +138,7 @@ class StepGuard:
         )
         if self._on_nonfinite == "raise":
             raise NonFiniteError(message)
-        if self._health.total(health.SKIPPED) == 0:
+        if self._health.total(SKIPPED) == 0:
             warnings.warn(
                 message + " Later ones are only counted (rule.health).", RuntimeWarning, stacklevel=4
             )
@@ -149,7 +148,7 @@ class StepGuard:
             p.grad = None
 
     def _note_skipped(self) -> None:
-        self._health.note("optimizer", health.SKIPPED)
+        self._health.note("optimizer", SKIPPED)
         self._skips = True
         self._skipped()
 
@@ -175,11 +174,11 @@ def _is_skipped(optimizer: Optimizer) -> bool:
 def refuse_nonfinite(call: LinearCall, update: Update) -> None:
     """Raise NonFiniteError, and count it, if an answer of the rule has NaN or infinity in it."""
     for part in (update.weight, update.bias):
-        if part is not None and not math.isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
-            call.health.note(call.name, health.NON_FINITE)
+        if part is not None and not is_finite(part):
+            call.health.note(call.name, NON_FINITE)
             where = "rule's own answer"
             for tensor, name in ((call.delta, "gradient at its output"), (call.a, "input")):
-                where = where if bool(torch.isfinite(tensor).all()) else name
+                where = where if is_finite(tensor) else name
             raise NonFiniteError(
                 f"Layer {call.name!r}: the {where} is not finite (NaN or infinity), so its update would "
                 "poison the weights. Look at the batch, the rate and the loss scale; attach(model, "

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plywise._util.optimizers import list_parameters
 from plywise.engine.capture.table import ParameterTable
 from plywise.engine.sites import ParameterEntry, Site, format_use
 from plywise.engine.statistics.saved_keys import SCALES
@@ -125,7 +126,7 @@ class KeptScales:
         """
         optimizer = self.optimizer
         assert optimizer is not None
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        stepped = {id(p) for p in list_parameters(optimizer) if p.grad is not None}
         for parameter, entry in self._list_own_parameters():
             if id(parameter) not in stepped:
                 continue

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from plywise.engine import health
-from plywise.engine.health import Health
+from plywise._util.optimizers import list_parameters
+from plywise.engine.health import BUFFERS, UNUSED, Health
 from plywise.engine.processes.followed_parameters import find_in_place
 from plywise.engine.selection import strip_wrappers
 from plywise.engine.sharding import find_local
@@ -36,16 +36,16 @@ class Liveness:
 
     Args:
         title: the rule and the model, for messages.
-        health_: where events are counted.
+        health: where events are counted.
 
     Attributes:
         answers: how often the rule has answered since the last step.
     """
 
-    def __init__(self, title: str, health_: Health) -> None:
+    def __init__(self, title: str, health: Health) -> None:
         self.answers = 0
         self._title = title
-        self._health = health_
+        self._health = health
         self._quiet_steps = 0
         self._stepped: set[int] = set()
         self._entry: ParameterEntry | None = None  # the one weight whose version is followed
@@ -58,7 +58,7 @@ class Liveness:
         parameter = entry.parameter()
         if parameter is None or self._count_changes(entry, parameter._version, steps) != QUIET_STEPS:
             return
-        self._health.note("optimizer", health.UNUSED)
+        self._health.note("optimizer", UNUSED)
         warnings.warn(
             f"{self._title}: the weights have changed {QUIET_STEPS} times, but the optimizer given to "
             "attach() has not stepped. Does the trainer make an optimizer of its own? Attach the rule to "
@@ -92,7 +92,7 @@ class Liveness:
             in_place: whether what has replaced a parameter counts, which may be so only while a module runs.
             or_before: whether what it has replaced counts, too.
         """
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stepped = set(map(id, list_parameters(optimizer)))
         self._stepped = stepped
         for entry in entries:
             known = in_place and id(find_in_place(entry)) in stepped
@@ -105,7 +105,7 @@ class Liveness:
 
     def has_other_parameters(self, optimizer: Optimizer) -> bool:
         """Return whether the optimizer has got or lost parameters since."""
-        return {id(p) for group in optimizer.param_groups for p in group["params"]} != self._stepped
+        return set(map(id, list_parameters(optimizer))) != self._stepped
 
     def check_part_taken(self, optimizer: Optimizer, entries: list[ParameterEntry], paused: bool) -> None:
         """Warn once if the optimizer steps on gradients that the rule had no part in."""
@@ -113,14 +113,14 @@ class Liveness:
         if answers or paused:
             self._quiet_steps = 0
             return
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stepped = set(map(id, list_parameters(optimizer)))
         weights = [e for e in entries if e.is_candidate] or [e for e in entries if e.is_vector_of_weights]
         wanted = [entry for entry in weights if id(entry.parameter()) in stepped]
         gradients = [p.grad for e in wanted if (p := e.parameter()) is not None and p.grad is not None]
         if not any(bool(find_local(gradient).any()) for gradient in gradients if not gradient.is_meta):
             return  # a template step, or one of other layers
         self._quiet_steps += 1
-        self._health.note("optimizer", health.UNUSED)
+        self._health.note("optimizer", UNUSED)
         if self._quiet_steps == QUIET_STEPS:
             are_used_otherwise = all(entry.used_by and not entry.sites for entry in wanted)
             warnings.warn(
@@ -135,13 +135,13 @@ class Liveness:
         """Warn of buffers that the forward of a skipped step has filled with NaN or infinity."""
         buffers = {} if model is None else dict(model.named_buffers())
         bad = [n for n, b in buffers.items() if b.is_floating_point() and not bool(torch.isfinite(b).all())]
-        known = self._health.total(health.BUFFERS)
+        known = self._health.total(BUFFERS)
         for name in bad:
-            self._health.note(strip_wrappers(name), health.BUFFERS)
+            self._health.note(strip_wrappers(name), BUFFERS)
         if bad and not known:
             warnings.warn(
                 f"The forward of the skipped step has left NaN or infinity in {', '.join(bad[:4])}: no "
-                "later step mends these buffers. Restore them from a checkpoint, or reset them "
+                "later step repairs these buffers. Restore them from a checkpoint, or reset them "
                 "(module.reset_running_stats() for batch norm).",
                 RuntimeWarning,
                 stacklevel=7,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from plywise._util.uncompiled import WHY_STEPS, leave_out
-from plywise.engine import health
-from plywise.engine.health import Health
+from plywise.engine.health import OUTSIDE, Health
+from plywise.engine.passes import find_pass
 from plywise.engine.sites import ParameterEntry
 
 COMPARED = 3
@@ -33,12 +33,12 @@ class OutsideUses:
 
     Args:
         title: the rule and the model, for messages.
-        health_: where such gradients are counted.
+        health: where such gradients are counted.
     """
 
-    def __init__(self, title: str, health_: Health) -> None:
+    def __init__(self, title: str, health: Health) -> None:
         self._title = title
-        self._health = health_
+        self._health = health
 
     def watch(self, entry: ParameterEntry, parameter: Tensor) -> "Comparison":
         """Compare some gradients of a weight, beginning with the next one."""
@@ -46,7 +46,7 @@ class OutsideUses:
 
     def note(self, entry: ParameterEntry) -> None:
         """Note that a part of a gradient has not passed through the rule."""
-        if not self._health.total(health.OUTSIDE):
+        if not self._health.total(OUTSIDE):
             warnings.warn(
                 f"{self._title}: a part of the gradient of {entry.name!r} did not pass through the rule, "
                 "because the weight is also used outside of the model's forward (in a penalty, or by hand in "
@@ -55,7 +55,7 @@ class OutsideUses:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._health.note(entry.name, health.OUTSIDE)
+        self._health.note(entry.name, OUTSIDE)
         entry.used_by.setdefault(FROM_OUTSIDE)
 
 
@@ -114,7 +114,7 @@ class Comparison:
         answer, entry.answer = entry.answer, None
         if entry.incomparable:
             self._next = math.inf
-        elif answer is None or answer[0] != torch._C._current_graph_task_id():
+        elif answer is None or answer[0] != find_pass():
             if entry.sites:
                 return  # it is compared when the rule answers again
             self._next = find_next(self._count + 1)  # a bias has no answers

@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from plywise.engine.capture.capture import Capture, ModelHook
 from plywise.engine.capture.captured_call import apply_tapped
+from plywise.engine.capture.graph import walk_graph
 from plywise.engine.maps.layouts import PLAIN
 from plywise.engine.maps.registered import Registration, check_map, find_registration
 from plywise.engine.selection import strip_wrappers
@@ -74,14 +75,5 @@ def _holds_only(output: Tensor, sources: list[Tensor | None]) -> bool:
     """Return whether autograd's graph leads from ``output`` to these tensors alone."""
     ends = {id(t) for t in sources if t is not None}
     edges = {t.grad_fn for t in sources if t is not None and t.grad_fn is not None}
-    seen: set[Any] = set()
-    stack: list[Any] = [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen or node in edges:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable") and id(node.variable) not in ends:
-            return False
-        stack.extend(source for source, _ in node.next_functions)
-    return True
+    inside = walk_graph(output.grad_fn, edges.__contains__)
+    return all(id(node.variable) in ends for node in inside if hasattr(node, "variable"))

@@ -128,7 +128,7 @@ class RuleResponder:
         """Return what backpropagation answers: for a call without rows, or one to be left alone."""
         update = call.gradient() if wants_update else Update(None, None)
         if wants_update:
-            ctx.site.answer_pass(torch._C._current_graph_task_id())
+            ctx.site.answer_pass()
         return update, self._send_plain(ctx, call) if wants_below else None
 
     def _make_update(self, site: Site, call: LinearCall, counted: LinearCall) -> Update:
@@ -145,7 +145,7 @@ class RuleResponder:
         if self._clips and update.weight is not None:
             factor = self._rule.clip_update(*measure_norms([call.weight, update.weight]))
             update = update.scaled(factor, factor)
-        site.answer_pass(torch._C._current_graph_task_id())
+        site.answer_pass()
         counts = self._state is None or self._state.record(counted)
         # what is learned counts when the gradient arrives, if that is seen
         self._liveness.answers += counts or not self._arrivals.sees(site.entry)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -17,6 +17,7 @@ from plywise._util.checks import (
     require_positive,
     require_whole,
 )
+from plywise._util.optimizers import list_parameters
 from plywise.engine.answers import read_settings
 from plywise.engine.attachment import Attachment
 from plywise.engine.contract import RuleContract, State, StatefulContract
@@ -29,7 +30,8 @@ from plywise.engine.selection import KINDS, Kinds, Selector, resolve_kinds
 from plywise.engine.sharding import find_shards
 from plywise.errors import AttachError
 
-__all__ = ["Observer", "Rule", "Size", "StatefulRule"]
+__all__ = ["Observer", "Rule", "Size", "StatefulRule", "require_choice", "require_positive", "require_whole"]
+"""What authors of rules need, with the checks of hyper-parameters."""
 
 
 class Rule(RuleContract):
@@ -96,13 +98,13 @@ class Rule(RuleContract):
             The rule itself.
 
         Raises:
-            AttachError: the rule's class is no dataclass, the model is no module or was scripted, the rule is
-                attached already, the model has nothing for it, a pattern matches nothing or is none, another
-                rule handles a layer, or the optimizer steps none of the model's parameters.
+            AttachError: the rule's class is not a dataclass, the model is not a module or was scripted, the
+                rule is attached already, the model has nothing for it, a pattern matches nothing or is not a
+                pattern, another rule handles a layer, or the optimizer steps none of the model's parameters.
             ValueError: an option is none of those above.
         """
         _refuse_class(self)
-        read_settings(self)  # a class that is no dataclass is refused before anything else
+        read_settings(self)  # a class that is not a dataclass is refused before anything else
         if self._attachment_or_none() is not None:
             raise AttachError(
                 f"{self} is attached already. Call detach() first, or make a second rule.", see="attach-twice"
@@ -191,7 +193,7 @@ class Rule(RuleContract):
 
         Raises:
             AttachError: the rule is not attached, or was attached without an optimizer.
-            TypeError: ``callbacks`` is no list of functions.
+            TypeError: ``callbacks`` is not a list of functions.
             ValueError: ``every`` or ``keep`` is not a whole number above zero.
         """
         require_whole(self, every=every, keep=keep)
@@ -222,7 +224,7 @@ class Rule(RuleContract):
 
         Raises:
             AttachError: the rule is not attached.
-            TypeError: ``observer`` is no function.
+            TypeError: ``observer`` is not a function.
         """
         if not callable(observer):
             raise TypeError(
@@ -358,7 +360,7 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
             "wraps.",
             see="attach-optimizer",
         )
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    stepped = set(map(id, list_parameters(optimizer)))
     shards = [source.sharded_param for source in find_shards(model).values()]
     if not any(id(p) in stepped for p in [*model.parameters(), *shards]):
         raise AttachError(
@@ -366,6 +368,3 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
             "from model.parameters(), and attach after moving or replacing parameters.",
             see="attach-optimizer",
         )
-
-
-__all__ += ["Tensor", "check_optimizer", "require_choice", "require_positive", "require_whole"]

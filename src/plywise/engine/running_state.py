@@ -54,7 +54,7 @@ class RunningState:
         entries: the model's parameters.
         optimizer: the optimizer in whose state the statistics are.
         process_group: the processes that average gradients, if the user names them.
-        health_: where fallbacks are counted.
+        health: where fallbacks are counted.
         leave: leaves a parameter to the optimizer, for the reason given.
         observers: observers that need each call; None if each call must be captured in any case.
         watch: watches gradients arrive in a parameter.
@@ -70,7 +70,7 @@ class RunningState:
         entries: Iterable[ParameterEntry],
         optimizer: Optimizer,
         process_group: dist.ProcessGroup | None,
-        health_: Health,
+        health: Health,
         leave: Callable[[ParameterEntry, str], None],
         observers: Sized | None,
         watch: Callable[[ParameterEntry], None],
@@ -81,15 +81,15 @@ class RunningState:
         self.processes = TrainingProcesses(type(rule).__name__, self._entries, process_group)
         self._known = KnownLayers(self._entries)
         self._layers = self._known.by_name
-        self._updates = StepUpdates(rule, health_)
-        self._turned = TurnedSteps(rule, optimizer, health_, self.processes) if rule.turns_steps else None
+        self._updates = StepUpdates(rule, health)
+        self._turned = TurnedSteps(rule, optimizer, health, self.processes) if rule.turns_steps else None
         self._gathered = GatheredEvidence()
         self._pending = self._gathered.pending
         self._made: dict[str, LayerState] | None = None
         self._rested: RestingLayers | None = None
         self._saved = SavedState(rule, optimizer, self._layers, self._entries, self._turn_back)
         self._parts = TakingPart(self._entries, self._known, self._saved, self._gathered, self.processes)
-        self._learning = Learning(rule, self._saved, self._known, health_)
+        self._learning = Learning(rule, self._saved, self._known, health)
         self.resting = Resting(
             rule=rule,
             saved=self._saved,

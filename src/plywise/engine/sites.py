@@ -17,6 +17,7 @@ from plywise.engine.call import LinearCall, Update
 from plywise.engine.explain import Size
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.maps.layouts import Layout
+from plywise.engine.passes import RecentPasses, find_pass
 from plywise.engine.sharding import Sharding
 
 PLAIN_TYPES = {Tensor, Parameter, Buffer, UninitializedParameter}
@@ -27,9 +28,6 @@ TRACERS = {"FakeTensor", "FunctionalTensor"}
 
 TRANSFORM = "a torch.func transform"
 """In the list of functions that use a parameter: all calls that are left to autograd."""
-
-KEPT_PASSES = 64
-"""Backward passes whose answers are remembered until their gradient arrives."""
 
 Part = tuple[int, tuple[int, ...], tuple[int, ...]]
 """A view of a parameter: offset, shape and strides."""
@@ -102,7 +100,7 @@ class ParameterEntry:
         if weight is not self.parameter() or answer.shape != weight.shape:
             self.stop_comparing()
             return
-        task = torch._C._current_graph_task_id()
+        task = find_pass()
         if self.answer is not None and self.answer[0] == task:
             answer = self.answer[1] + answer
         self.answer = task, answer
@@ -111,11 +109,15 @@ class ParameterEntry:
         """Compare no gradient with the answers any more."""
         self.incomparable, self.compares, self.answer = True, False, None
 
+    def name_in(self, layer: str) -> str:
+        """Return what it is called as the weight of a layer: by the layer's own name, if it is ``weight``."""
+        attribute = "" if self.attribute == "weight" else self.attribute
+        return ".".join(filter(None, (layer, attribute)))
+
     @property
     def weight_name(self) -> str:
         """What `Site.name` is if the whole parameter is used in one way."""
-        attribute = "" if self.attribute == "weight" else self.attribute
-        return ".".join(filter(None, (self.layer, attribute)))
+        return self.name_in(self.layer)
 
     @property
     def key(self) -> str:
@@ -154,7 +156,7 @@ class ParameterEntry:
 
     @property
     def is_weight(self) -> bool:
-        """Whether calls may use it as a weight; before the first call this says that it is no lone bias."""
+        """Whether calls may use it as a weight; before the first call: whether it is more than a bias."""
         is_scale = self.dimensions == 1 and self.may_scale and not self.attribute.endswith("bias")
         return bool(self.expected) or self.dimensions > 1 or is_scale
 
@@ -258,7 +260,7 @@ class Site:
         self.dtype: torch.dtype | None = None
         self.kept: tuple[int, int] | None = None
         self.passes = 0
-        self.answered: dict[int, None] = {}
+        self.answered = RecentPasses[None]()
         self.tested = False
         self._module = None if module is None else weakref.ref(module)
 
@@ -286,13 +288,10 @@ class Site:
         """The module that owns the weight, while it lives."""
         return None if self._module is None else self._module()
 
-    def answer_pass(self, task: int) -> None:
-        """Remember that the rule has answered in this backward pass."""
-        if task not in self.answered:
-            self.passes += 1
-            self.answered[task] = None
-            if len(self.answered) > KEPT_PASSES:  # the gradients of torch.autograd.grad never arrive
-                del self.answered[next(iter(self.answered))]
+    def answer_pass(self) -> None:
+        """Remember that the rule has answered in the running backward pass."""
+        self.passes += find_pass() not in self.answered
+        self.answered[find_pass()] = None
 
     @property
     def weight(self) -> Tensor | None:

@@ -134,7 +134,7 @@ def fuse_slice(
     if not (isinstance(model, nn.Sequential) and 0 <= start < stop <= len(model)):
         length = f"{len(model)} modules" if isinstance(model, nn.Sequential) else f"a {type(model).__name__}"
         raise PlywiseError(
-            f"fuse_slice: positions {start} to {stop} are no slice of {length}. Give an nn.Sequential and "
+            f"fuse_slice: positions {start} to {stop} are not a slice of {length}. Give an nn.Sequential and "
             "0 ≤ start < stop ≤ its length."
         )
     parts = list(model)

@@ -60,7 +60,7 @@ class ActivationRelaxation(PredictsByBlocks, Learner):
             ``callbacks`` and ``seed``.
 
     Raises:
-        BlockError: the loss is cross-entropy, and the last block's output is no row of scores.
+        BlockError: the loss is cross-entropy, and the last block's output is not a row of scores.
         ValueError: a hyper-parameter is out of range.
 
     Example:

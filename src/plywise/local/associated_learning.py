@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise._util.checks import describe_kind, is_list, make_part, require_kind, require_whole
+from plywise._util.checks import (
+    describe_kind,
+    is_list,
+    make_part,
+    require_choice,
+    require_kind,
+    require_whole,
+)
 from plywise.data.batches import Batch
 from plywise.errors import DataError
 from plywise.local.associated_maps import (
@@ -180,7 +187,7 @@ class AssociatedLearning(OneWayLearner):
     Raises:
         BlockError: the range of a bridge or decoder does not contain its targets.
         PlywiseError: at a step, targets are not what ``targets`` says.
-        ValueError: ``targets`` or a name in ``decay`` is unknown, a number of classes or width is no whole
+        ValueError: ``targets`` or a name in ``decay`` is unknown, a number of classes or width is not a whole
             number above 0, or there are not as many bridges as blocks.
 
     Example:
@@ -215,10 +222,11 @@ class AssociatedLearning(OneWayLearner):
     ) -> None:
         require_blocks(self, blocks)
         require_whole(self, num_classes=num_classes, code=code)
-        _check_names("targets", [targets], TARGETS)
+        require_choice(self, "targets", targets, TARGETS)
         if decay is not None:
             require_kind(self, "decay", decay, Mapping, "a dict of numbers by name")
-        _check_names("decay", decay or {}, MAPS)
+        for name in decay or ():
+            require_choice(self, "a name in decay", name, MAPS)
         require_loss(self, F.mse_loss if loss is None else loss)
         self._blocks, self._classes, self._targets = blocks, num_classes, targets
         decoders = [decoder] * len(blocks)
@@ -328,9 +336,3 @@ def _first_codes(classes: int, targets: str) -> Tensor:
         return torch.eye(classes)
     sample = torch.randn(64, classes)
     return sample if targets == "numbers" else (sample > 0).to(sample)
-
-
-def _check_names(argument: str, given: Iterable[str], known: Sequence[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"AssociatedLearning: {argument} knows {', '.join(known)}, not {name!r}.")

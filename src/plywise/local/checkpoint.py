@@ -264,10 +264,10 @@ def _sums(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         raise _DamagedError(f"{SUMS} is missing") from None
     except ValueError:
-        raise _DamagedError(f"{SUMS} is no text") from None
+        raise _DamagedError(f"{SUMS} is not text") from None
     parts = [line.split("  ", 1) for line in lines]
     if not parts or any(len(part) != 2 for part in parts):
-        raise _DamagedError(f"{SUMS} is no list of digests")
+        raise _DamagedError(f"{SUMS} is not a list of digests")
     return {name: digest for digest, name in parts}
 
 

@@ -142,7 +142,7 @@ class ForwardForward(OneWayLearner):
 
     Raises:
         PlywiseError: there are fewer than two classes.
-        ValueError: ``threshold`` is not a positive number, or ``skip`` is no whole number.
+        ValueError: ``threshold`` is not a positive number, or ``skip`` is not a whole number.
 
     Example:
         >>> import torch, plywise as pw

@@ -273,7 +273,7 @@ class LocalForwardGradient(PredictsByBlocks, OneWayLearner):
         BlockError: the last block does not hand on a score for each class, or a block is compiled; at a step:
             a layer hands on something else than one tensor with a row for each sample, a head changes
             activations in place, or ``groups`` does not divide the channels.
-        ValueError: ``passes`` or ``groups`` is no whole number above 0.
+        ValueError: ``passes`` or ``groups`` is not a whole number above 0.
 
     Example:
         >>> import torch, plywise as pw

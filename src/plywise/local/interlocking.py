@@ -67,7 +67,7 @@ class Interlocking(PredictsByBlocks, StagedLearner):
 
     Raises:
         BlockError: the last block does not hand on a score for each class.
-        ValueError: the horizon is no whole number above 0.
+        ValueError: the horizon is not a whole number above 0.
 
     Example:
         >>> import torch, plywise as pw

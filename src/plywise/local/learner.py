@@ -54,8 +54,8 @@ class Learner(ABC):
         BlockError: there is no component, or one is no `Component`.
         AttachError: no component has a layer that the rule handles. One without such a layer, among others,
             follows its plain gradients (`explain`).
-        TypeError: ``optimizer``, ``scheduler`` or ``rule`` is no function, ``callbacks`` is no list of them,
-            or an argument is unknown.
+        TypeError: ``optimizer``, ``scheduler`` or ``rule`` is not a function, ``callbacks`` is not a list of
+            functions, or an argument is unknown.
     """
 
     def __init__(
@@ -320,7 +320,7 @@ def take_batch(x: Batch, y: Tensor) -> tuple[Batch, Tensor]:
     """Return a batch without a graph: no gradient leaves the first block.
 
     Raises:
-        DataError: inputs or targets are no tensors, or there are not as many of these as of those.
+        DataError: inputs or targets are not tensors, or there are not as many of these as of those.
     """
     _require_tensors("inputs", x)
     _require_tensors("targets", y)

@@ -81,7 +81,7 @@ def make_headed_components(
     mean over positions for other models that carry their inputs: they are transformers.
 
     Raises:
-        BlockError: the last block's output is no score for each class.
+        BlockError: the last block's output is not a score for each class.
     """
     require_whole("The learner", num_classes=num_classes)
     shape = blocks.shapes[-1]
@@ -165,7 +165,7 @@ def compute_loss(loss: Loss, scores: Tensor, y: Tensor) -> Tensor:
     """Compute a loss.
 
     Raises:
-        PlywiseError: it is no scalar with a graph, which backward needs.
+        PlywiseError: it is not a scalar with a graph, which backward needs.
     """
     value = loss(scores, y)
     if not isinstance(value, Tensor) or value.numel() != 1:

@@ -6,14 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plywise._util.checks import require_whole
+from plywise._util.checks import require_choice, require_whole
 from plywise.data.batches import Batch
 from plywise.local.blocks import Blocks, hide_padding, require_blocks, run_blocks
 from plywise.local.component import Signal
 from plywise.local.learner import OneWayLearner, check_classes
 from plywise.local.local_loss import LossComponent
-
-VOTES = ("all", "last")
 
 
 class ProjectedComponent(LossComponent):
@@ -78,8 +76,7 @@ class MonoForward(OneWayLearner):
     def __init__(self, blocks: Blocks, num_classes: int, *, votes: str = "all", **training: Any) -> None:
         require_blocks(self, blocks)
         require_whole(self, num_classes=num_classes)
-        if votes not in VOTES:
-            raise ValueError(f"MonoForward: votes must be one of {', '.join(VOTES)}, not {votes!r}.")
+        require_choice(self, "votes", votes, ("all", "last"))
         self._blocks, self._classes, self._votes = blocks, num_classes, votes
         self._components: list[LossComponent] = []
         like = None

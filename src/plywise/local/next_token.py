@@ -87,7 +87,7 @@ class TokenComponent(Component):
         s, y = signal.through(self.block), signal.y
         if s.shape[:-1] != y.shape:
             raise DataError(
-                f"Targets of shape {tuple(y.shape)} are no token for each place of the features "
+                f"Targets of shape {tuple(y.shape)} are not a token for each place of the features "
                 f"{tuple(s.shape)}."
             )
         codes = self.table[0].weight if self.table else signal.codes
@@ -168,9 +168,9 @@ class LocalNextToken(OneWayLearner):
             ``callbacks`` and ``seed``.
 
     Raises:
-        BlockError: ``tied`` is no embedding of the first block, or its width is not that of the features.
+        BlockError: ``tied`` is not an embedding of the first block, or its width is not that of the features.
         PlywiseError: at a step, targets are not one token for each place.
-        ValueError: ``pieces`` is no whole number above 0.
+        ValueError: ``pieces`` is not a whole number above 0.
 
     Example:
         >>> import torch, plywise as pw
@@ -264,7 +264,7 @@ def _check_tied(blocks: Blocks, tied: nn.Embedding, num_classes: int) -> None:
     require_kind("LocalNextToken", "tied", tied, nn.Embedding, "an nn.Embedding of the first block")
     if all(parameter is not tied.weight for parameter in blocks[0].parameters()):
         raise BlockError(
-            "The embedding that heads are tied to is no part of the first block: it would not be trained."
+            "The embedding that heads are tied to is not part of the first block: it would not be trained."
         )
     if tied.num_embeddings < num_classes:
         raise BlockError(f"The tied embedding has {tied.num_embeddings} rows for {num_classes} tokens.")

@@ -18,8 +18,7 @@ from plywise.data.batches import TARGETS, Batch, clone_batch, list_tensors
 from plywise.data.models import call_model
 from plywise.errors import BlockError
 from plywise.local.blocks import Blocks
-from plywise.local.cutting.chain import assemble, join, label_unit
-from plywise.local.cutting.units import ADVICE, copy_of, find_units, own_randomness
+from plywise.local.cutting.units import ADVICE, copy_of, find_units, join_units, own_randomness
 
 _REPEATS = 5
 
@@ -78,17 +77,17 @@ def split(model: nn.Module, k: int, example: Batch) -> Blocks:
     with torch.inference_mode(False), own_randomness(model, example):
         units, reasons = find_units(model, example)
         if len(units) < k:
-            names = ", ".join(label_unit(unit) for unit in units)
+            names = ", ".join(unit.label for unit in units)
             more = [f"and {len(reasons) - 4} more"] if len(reasons) > 4 else []
             why = f"Not cut further: {'; '.join([*reasons[:4], *more])}. " if reasons else ""
             raise BlockError(
-                f"{type(model).__name__} comes apart into {len(units)} at most ({names}), and {k} blocks "
+                f"{type(model).__name__} can be cut into {len(units)} at most ({names}), and {k} blocks "
                 f"were asked for. {why}Ask for fewer blocks, or {ADVICE}."
             )
         rehearsal = copy_of(model)
-        costs = measure([assemble(rehearsal, unit) for unit in units], example)
-    blocks = [assemble(model, join(units[part.start : part.stop])) for part in balance(costs, k)]
-    return _blocks(blocks, model, example)
+        costs = measure([unit.assemble(rehearsal) for unit in units], example)
+    starts = [part.start for part in balance(costs, k)]
+    return _blocks([unit.assemble(model) for unit in join_units(units, starts)], model, example)
 
 
 def balance(costs: Sequence[float], k: int) -> list[range]:

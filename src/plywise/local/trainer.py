@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from plywise._util.checks import describe_kind
 from plywise._util.modes import frozen_parts
+from plywise._util.optimizers import list_parameters
 from plywise.data.batches import list_tensors
 from plywise.engine.explain import Explanation
 from plywise.engine.guard import StepGuard
@@ -145,7 +146,7 @@ class LocalTrainer:
         Raises:
             PlywiseError: there should be, and the loss has no graph.
         """
-        if not loss.requires_grad and any(p.requires_grad for p in _list_parameters(self.optimizer)):
+        if not loss.requires_grad and any(p.requires_grad for p in list_parameters(self.optimizer)):
             raise PlywiseError(
                 f"The loss of component {self.index} does not depend on its parameters, so that it would "
                 "learn nothing. Compute it from the component's output by operations of torch, without "
@@ -228,7 +229,7 @@ class LocalTrainer:
     def _warn_of_rest(self, optimizer: Optimizer) -> None:
         """Warn, in the first step, if no gradient has reached a block that should learn."""
         block = getattr(self.component, "block", None)
-        stepped = {id(parameter) for parameter in _list_parameters(optimizer)}
+        stepped = {id(parameter) for parameter in list_parameters(optimizer)}
         parameters = [] if block is None else [p for p in block.parameters() if id(p) in stepped]
         learning = [p for p in parameters if p.requires_grad]
         if learning and all(p.grad is None for p in learning):
@@ -255,7 +256,8 @@ class LocalTrainer:
         """
         if not isinstance(state, Mapping) or not state.keys() >= {"component", "optimizer", "scheduler"}:
             raise StateError(
-                f"This is no state of component {self.index}, or a part of it is missing.", see="state-memory"
+                f"This is no state of component {self.index}, or a part of it is missing.",
+                see="state-memory",
             )
         for name in ("optimizer", "scheduler"):
             if (state[name] is None) != (getattr(self, name) is None):
@@ -276,11 +278,6 @@ class LocalTrainer:
             raise StateError(
                 f"The saved state does not fit component {self.index}: {why}", see="state-memory"
             ) from error
-
-
-def _list_parameters(optimizer: Optimizer | None) -> list[Tensor]:
-    groups = [] if optimizer is None else optimizer.param_groups
-    return [parameter for group in groups for parameter in group["params"]]
 
 
 def _check_optimizer(optimizer: object, index: int) -> None:

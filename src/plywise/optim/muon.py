@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from plywise.engine.rule import require_choice, require_whole
+from plywise._util.checks import require_choice, require_whole
 from plywise.numerics.polar import COEFFICIENTS, Triple, orthogonalize
 from plywise.optim.plain import Group
 from plywise.optim.stacked import Shape, Stack, StackedOptimizer, compute_adam_step

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from plywise.engine.rule import require_whole
+from plywise._util.checks import require_whole
 from plywise.optim.plain import Group
 from plywise.optim.stacked import Shape, Stack, StackedOptimizer, compute_adam_step
 

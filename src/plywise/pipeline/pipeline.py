@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from plywise._util.optimizers import list_parameters
 from plywise._util.renamed import serve_old_arguments
 from plywise.data.batches import count_samples
 from plywise.errors import PipelineError, PlywiseError, StateError
@@ -187,7 +188,7 @@ class Pipeline:
             owner = max(i for i, cut in enumerate(self.cuts) if cut <= index) * self.replicas
             state = trainer.component.state_dict()
             if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-                raise PipelineError(f"{odd[0]} of component {index} is no tensor, and cannot be gathered.")
+                raise PipelineError(f"{odd[0]} of component {index} is not a tensor, and cannot be gathered.")
             flat = torch.cat([torch.empty(0, dtype=torch.uint8), *map(_bytes, state.values())])
             self._together(partial(dist.broadcast, flat, owner, group=self._groups.everyone))
             parts = flat.split([tensor.nbytes for tensor in state.values()])
@@ -339,7 +340,7 @@ def _replicate(trainer: LocalTrainer, group: dist.ProcessGroup) -> None:
             "other's batches. Use one replica, and more stages.",
             see="pipeline-start",
         )
-    learning = {p for settings in trainer.optimizer.param_groups for p in settings["params"]}
+    learning = set(list_parameters(trainer.optimizer))
     still = any(p.requires_grad and p not in learning for p in trainer.component.parameters())
     trainer.module = DistributedDataParallel(
         trainer.component, process_group=group, find_unused_parameters=still

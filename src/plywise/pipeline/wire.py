@@ -92,7 +92,7 @@ def unpack(buffer: Tensor) -> tuple[int, Signal | None]:
     magic, step, *descriptions = header
     if magic != MAGIC:
         raise PipelineError(
-            "What came from the stage before is no message of a plywise pipeline.", see="pipeline-batch"
+            "What came from the stage before is not a message of a plywise pipeline.", see="pipeline-batch"
         )
     if step == END:
         return END, None

@@ -153,5 +153,5 @@ def resolve_data(address: str, reading: Reading = AS_EVER) -> OwnData:
 def _resolve_class(address: str, what: str, base: type[Any], public: str) -> Any:
     found = load(address, what)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise AddressError(f"{address} is no subclass of {public}.")
+        raise AddressError(f"{address} is not a subclass of {public}.")
     return found

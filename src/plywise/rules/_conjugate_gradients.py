@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from plywise.engine import health
 from plywise.engine.call import LinearCall, Update
+from plywise.numerics.events import FLOAT64, IDENTITY
 from plywise.numerics.least_squares import TOLERANCE, find_power_of_two
 from plywise.numerics.products import divide_or_zero, mirror_lower
 from plywise.numerics.small_solve import is_small
@@ -93,7 +93,7 @@ def conjugate_gradients(call: LinearCall, damping: float, steps: int, flat: bool
     scaled = replace(call, delta=call.delta / unit.to(call.delta.dtype))
     solution = _solve(scaled, in_rows, damping, steps, flat, dtype)
     if solution is None and dtype != torch.float64 and _is_finite(call):
-        call.health.note(call.name, health.FLOAT64)
+        call.health.note(call.name, FLOAT64)
         solution = _solve(scaled, in_rows, damping, steps, flat, torch.float64)
     if solution is None:
         return _finish(call, None, in_rows)
@@ -120,7 +120,7 @@ def _is_finite(call: LinearCall) -> bool:
 
 def _finish(call: LinearCall, solution: Tensor | None, in_rows: bool) -> Update:
     if solution is None or not bool(torch.isfinite(solution).all()):
-        call.health.note(call.name, health.IDENTITY)
+        call.health.note(call.name, IDENTITY)
         return call.gradient()
     if in_rows:
         return cast_update(call, call.gradient(call.from_delta_rows(solution)))
@@ -167,7 +167,7 @@ def _solve(
     if precision is None:
         return None
     if precision != dtype:
-        call.health.note(call.name, health.FLOAT64)
+        call.health.note(call.name, FLOAT64)
     chosen = scaled.to(precision)
     parts = (chosen.right,) if flat else chosen.right.split(AT_A_TIME, 2)
     solutions = [_iterate(replace(chosen, right=part), steps)[0].to(dtype) for part in parts]

@@ -22,9 +22,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from plywise.engine import health
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.finite import is_precise
+from plywise.numerics.events import FLOAT64, IDENTITY
 from plywise.numerics.least_squares import (
     CentredSystem,
     find_power_of_two,
@@ -90,7 +90,7 @@ def ridge(call: LinearCall, damping: Damping) -> Update:
             return call.gradient()
         update = _expand_with_bias(call, rows, *solved) if dual else _join(call, *solved)
         if dual and solved[0].dtype != torch.float64 and _is_lost(call, update, *rows(call.dtype)):
-            note(health.FLOAT64)
+            note(FLOAT64)
             solved = solve_damped_with_bias(build, damping, torch.float64, note, dual=True)
             update = call.gradient() if solved is None else _expand_with_bias(call, rows, *solved)
         return cast_update(call, update)
@@ -158,7 +158,7 @@ def _choose_dtype(call: LinearCall) -> torch.dtype:
     rows, mean = _centre_rows(call, dtype)
     spread = LARGEST_OFFSET[dtype] * rows.square().sum(1)
     if bool((call.row_count * mean.square() > spread).any()):
-        call.health.note(call.name, health.FLOAT64)
+        call.health.note(call.name, FLOAT64)
         return torch.float64
     return dtype
 
@@ -244,7 +244,7 @@ def ridge_centred(call: LinearCall, relative: float) -> Update:
     matrix = _solve_centred(call, relative, _choose_dtype(call))
     bias = None if matrix is None else _find_bias(call, matrix)
     if matrix is not None and matrix.dtype != torch.float64 and bias is None:
-        call.health.note(call.name, health.FLOAT64)
+        call.health.note(call.name, FLOAT64)
         matrix = _solve_centred(call, relative, torch.float64)
         bias = None if matrix is None else _find_bias(call, matrix)
     if matrix is None or bias is None:
@@ -260,7 +260,7 @@ def _find_bias(call: LinearCall, matrix: Tensor) -> Tensor | None:
 
 
 def _is_difference(bias: Tensor, matrix: Tensor, mean: Tensor) -> bool:
-    """Whether ``mean(Δ) - D mean(A)`` has lost most digits, and is no small part of the update."""
+    """Whether ``mean(Δ) - D mean(A)`` has lost most digits, and is not a small part of the update."""
     of_bias, of_matrix, of_mean = torch.stack(torch._foreach_norm([bias, matrix, mean])).tolist()
     return of_matrix * of_mean > MOST_CANCELLED * math.hypot(of_bias, of_matrix)
 
@@ -314,7 +314,7 @@ def _normalise_scaled(call: LinearCall, relative: float) -> Update:
     weight = small.weight_gradient(scaled) / scale
     bias = call.map.bias_gradient(scaled) / scale / scale if call.has_bias else None
     if not all(bool(torch.isfinite(part).all()) for part in (weight, bias) if part is not None):
-        call.health.note(call.name, health.IDENTITY)  # no float32 is that large
+        call.health.note(call.name, IDENTITY)  # no float32 is that large
         return call.gradient()
     return Update(weight, bias)
 
@@ -392,6 +392,6 @@ def cast_update(call: LinearCall, update: Update) -> Update:
     parts = [None if part is None else part.to(dtype) for part in (update.weight, update.bias)]
     wider = [part for part in (update.weight, update.bias) if part is not None and part.dtype != dtype]
     if wider and not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):
-        call.health.note(call.name, health.IDENTITY)
+        call.health.note(call.name, IDENTITY)
         return call.gradient()
     return Update(*parts)

@@ -55,7 +55,7 @@ class Coordinates(KroneckerRule):
         momenta into the new basis. It keeps second moments as they are, as SOAP does, and a momentum of
         normalised steps (RMSprop's), too. If the optimizer has stepped before, its state is cleared when the
         rule is attached: second moments of other axes would make steps of any size. Sides above ``max_size``
-        stay as they are. A step of orthogonal iteration is no whole decomposition: while
+        stay as they are. A step of orthogonal iteration is not a whole decomposition: while
         inputs have directions that they did not have before, T may be far from that of the exact eigenbasis
         (a quarter of its size where rows are few). It also depends on the basis of the directions without
         inputs from which the step began, which float32 and float64 choose differently. Under fully_shard,

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from plywise._util.optimizers import list_parameters
 from plywise.engine.capture.capture import ModelHook
 from plywise.engine.selection import strip_wrappers
 from plywise.errors import AttachError
@@ -32,7 +33,7 @@ class FrontLayers:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stepped = set(map(id, list_parameters(optimizer)))
         # a module at two places is a layer at each of them, like a layer that shares its weight
         self.parameters: dict[str, list[nn.Parameter]] = {
             strip_wrappers(name): own
@@ -64,7 +65,7 @@ class FrontLayers:
         It must run after the step: only then is it known whether a step was skipped, because the gradients of
         a skipped step are still hidden, or not finite.
         """
-        stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        stepped = [p for p in list_parameters(optimizer) if p.grad is not None]
         sums = dict(zip(stepped, _sum_absolute_values([p.grad for p in stepped]), strict=True))
         if not sums or not math.isfinite(sum(sums.values())):
             return None

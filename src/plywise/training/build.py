@@ -18,8 +18,7 @@ from plywise.data.sources import Reading
 from plywise.data.training_data import CLASSES, LOSSES, TrainingData, take_training_data
 from plywise.errors import AddressError, BlockError, CommandError, DataError
 from plywise.local.blocks import Blocks
-from plywise.local.cutting.chain import assemble, join, name_parameters
-from plywise.local.cutting.units import find_units
+from plywise.local.cutting.units import find_units, join_units
 from plywise.local.learner import Learner
 from plywise.local.settings import READERS, check_settings, learner_settings
 from plywise.local.split import split
@@ -74,7 +73,7 @@ class ResolvedTraining:
             The blocks, and the first unit of each; empty where there was nothing to cut.
 
         Raises:
-            PlywiseError: the factory does not make a network, or that does not come apart.
+            PlywiseError: the factory does not make a network, or that cannot be cut.
         """
         config, example = self.config, self.example
         with seeded(config.seed):
@@ -195,7 +194,7 @@ def _list_blocks(config: TrainConfig, made: Any) -> list[nn.Module]:
 
 
 def _count_blocks(model: nn.Module, example: Batch) -> int:
-    """The default number of blocks: 4, or as many as the model comes apart into."""
+    """The default number of blocks: 4, or as many as the model can be cut into."""
     if isinstance(example, Tensor):
         Blocks([model], example.clone())  # materialises lazy layers, as split does
     try:
@@ -219,15 +218,15 @@ def _cut_model(
             f"{type(model).__name__} has {len(units)} units, numbered from 0, and is not to be cut at "
             f"{', '.join(map(str, starts))}. Has its code changed?"
         )
-    parts = [join(units[start:stop]) for start, stop in pairwise([*starts, len(units)])]
-    return Blocks([assemble(model, part) for part in parts], clone_batch(example)), tuple(starts)
+    modules = [unit.assemble(model) for unit in join_units(units, starts)]
+    return Blocks(modules, clone_batch(example)), tuple(starts)
 
 
 def _starts(model: nn.Module, blocks: Blocks, example: Batch) -> tuple[int, ...]:
     """The first unit of each block: every unit has a parameter, under the name that it has in the model."""
     unit_of: dict[str, int] = {}
     for number, unit in enumerate(find_units(model, example)[0]):
-        unit_of |= dict.fromkeys(name_parameters(model, unit), number)
+        unit_of |= dict.fromkeys(unit.name_parameters(model), number)
     return tuple(min(unit_of[name] for name, _ in block.named_parameters()) for block in blocks)
 
 

@@ -51,7 +51,7 @@ class TrainConfig:
             LocalForwardGradient, ForwardForward, MonoForward, DirectFeedback, MomentumAuxiliary or
             ActivationRelaxation, or module:name of a class of yours. Default LocalLoss.
         set: a hyper-parameter of the learner, as name=value; may be repeated.
-        blocks: number of blocks. Default 4, or as many as a smaller model comes apart into.
+        blocks: number of blocks. Default 4, or as many as a smaller model can be cut into.
         split: where the model is cut, as in 0,2,5: the first unit of each block. Default: by cost as measured
             when the run begins, so that two runs may be cut differently; the first lines say where.
         optimizer: a class of torch.optim, or module:name of one; each block gets its own. Default Adam.

@@ -174,7 +174,7 @@ def recommend(
         Optimizer and rule; `Recommendation.explain` says what was chosen, and why.
 
     Raises:
-        AttachError: the model is no module, or another rule handles it.
+        AttachError: the model is not a module, or another rule handles it.
         DataError: the model fails on the batch.
         ValueError: the budget or the rate is not positive, or another number is out of range.
 

@@ -77,7 +77,7 @@ class RunFolder:
             return RunRecord(dict(saved["plan"]), str(saved["data"]), tuple(map(int, saved["starts"])))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StateError(
-                f"{self._plan} is no plan of plywise, or damaged: {describe_failure(error)}. {_START}",
+                f"{self._plan} is not a plan of plywise, or damaged: {describe_failure(error)}. {_START}",
                 see="state-run",
             ) from error
 

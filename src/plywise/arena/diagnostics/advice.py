@@ -78,9 +78,9 @@ def advice(diagnosis: Diagnosis, subject: str = "MODULE:FACTORY --data DATA") ->
         >>> advice(diagnose_workload(digits, digits.make_data()), "--workloads digits-conv")[0].method
         'foof+adamw'
     """
-    mending = [*_about_inputs(diagnosis), *_about_silence(diagnosis), *_about_width(diagnosis)]
+    findings = [*_about_inputs(diagnosis), *_about_silence(diagnosis), *_about_width(diagnosis)]
     methods = [*_about_scales(diagnosis, subject), *_about_conditioning(diagnosis, subject)]
-    return [*mending, *methods] or [_advise_nothing(diagnosis, subject)]
+    return [*findings, *methods] or [_advise_nothing(diagnosis, subject)]
 
 
 def outlying(layer: LayerDiagnosis, diagnosis: Diagnosis) -> set[str]:
@@ -198,7 +198,7 @@ def _about_scales(diagnosis: Diagnosis, subject: str) -> list[Advice]:
     return [
         Advice(
             "consequentialism",
-            "Consequentialism, or mend the initialisation",
+            "Consequentialism, or fix the initialisation",
             f"{why}Of ten methods it ended with the lowest training loss on three of four bad scalings, "
             "ProxProp on the fourth; AdamW's was 5 to 35 times as much.",
             _say_how_sure(diagnosis, alike, measured),
@@ -281,7 +281,7 @@ def _advise_nothing(diagnosis: Diagnosis, subject: str) -> Advice:
     which = f"layers with {share:.0%} of the parameters read" if uneven else "no layer reads"
     why = (
         f"Nothing stands out:{rates} and {which} inputs that are far from white. A rule would have little "
-        "to mend."
+        "to fix."
     )
     return Advice("adamw", "Plain AdamW is fine", why, f"{PLAIN}.", _make_command(subject, "sgd,adamw"))
 

@@ -217,7 +217,7 @@ def _find_layers(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
             module = ref()
             assert module is not None
             looked_at = entry.attribute == "weight" and entry.expected and not entry.excluded
-            reason = "" if looked_at else entry.excluded or "it is no linear layer or convolution of torch"
+            reason = "" if looked_at else entry.excluded or "it is not a linear layer or convolution of torch"
             if path not in found or not reason:
                 found[path] = path, module, reason
     return list(found.values())

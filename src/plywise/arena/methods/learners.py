@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -28,8 +28,7 @@ from plywise.engine.rule import Rule
 from plywise.errors import BenchError, NonFiniteError
 from plywise.local.associated_maps import mean_decoder, pooled_bridge
 from plywise.local.blocks import Blocks
-from plywise.local.cutting.chain import assemble, join
-from plywise.local.cutting.units import find_units
+from plywise.local.cutting.units import find_units, join_units
 from plywise.local.learner import Learner
 from plywise.local.linear_heads import RidgeHead
 from plywise.local.settings import READERS
@@ -204,13 +203,13 @@ def uncut(workload: Workload, tokens: bool = False) -> str:
         return "a local learner needs classes, and the targets are none"
     if workload.labels_tokens and not tokens:
         return "it learns a class for each sample, and here each token has one"
-    return "" if workload.blocks else "a local learner needs a network that comes apart into blocks"
+    return "" if workload.blocks else "a local learner needs a network that can be cut into blocks"
 
 
 def passes(make: Callable[[TrialContext], LocalTraining], setting: TrialContext) -> float:
     """Count the products in a learner's step, in forward and backward passes of the plain model.
 
-    Heads, bridges and codes are counted; solving a ridge head's system is not, for it is no product.
+    Heads, bridges and codes are counted; solving a ridge head's system is not, for it is not a product.
     """
     x, plain = setting.example, copy.deepcopy(setting.model)
     with FlopCounterMode(display=False) as once:
@@ -242,7 +241,7 @@ def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: T
 
     Raises:
         PlywiseError: the workload's model is not to be cut, or it has no classes and the learner needs them.
-        BlockError: the model does not come apart.
+        BlockError: the model cannot be cut.
     """
     if setting.blocks == 0:
         raise BenchError(
@@ -286,13 +285,12 @@ def cut(model: nn.Module, k: int, example: Batch) -> Blocks:
     units = find_units(model, example)[0] if k > 1 else []
     if len(units) < k:
         return split(model, k, example)  # one block, or its error, which says why there are not more units
-    whole = Blocks([assemble(model, unit) for unit in units], clone_batch(example))
+    whole = Blocks([unit.assemble(model) for unit in units], clone_batch(example))
     work, signal = [], whole.begin(example, torch.empty(0))
     with torch.no_grad(), evaluating(model):
         for block in whole:
             with FlopCounterMode(display=False) as counter:
                 signal = replace(signal, s=replace(signal, s=signal.s.clone()).through(block))
             work.append(1 + counter.get_total_flops())
-    ranges = balance(work, k)
-    starts = [part.start for part in ranges] + [len(units)]
-    return Blocks([assemble(model, join(units[a:b])) for a, b in pairwise(starts)], clone_batch(example))
+    blocks = join_units(units, [part.start for part in balance(work, k)])
+    return Blocks([unit.assemble(model) for unit in blocks], clone_batch(example))

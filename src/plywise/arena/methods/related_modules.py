@@ -113,7 +113,7 @@ def deepen(model: nn.Module) -> tuple[nn.Sequential, int]:
         The deeper network, and the position of that layer.
 
     Raises:
-        PlywiseError: it is no chain with a hidden linear layer followed by an activation.
+        PlywiseError: it is not a chain with a hidden linear layer followed by an activation.
     """
     if isinstance(model, nn.Sequential):
         for at, (layer, activation) in enumerate(pairwise(model)):

@@ -65,7 +65,7 @@ def read_bench(folder: Path) -> tuple[dict[str, Any], list[TrialRecord]]:
             raise ValueError(f"it lacks {', '.join(sorted(NEEDED))}, or some of them")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BenchError(
-            f"{folder} is no bench: it has no bench.json. Name the folder of a bench."
+            f"{folder} is not a bench: it has no bench.json. Name the folder of a bench."
         ) from error
     except ValueError as error:
         raise BenchError(

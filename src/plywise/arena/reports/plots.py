@@ -21,7 +21,7 @@ def draw(summary: BenchSummary, what: str) -> Any:
     """Return a matplotlib Figure of a bench; see `plywise.arena.reports.notebook.BenchReport.plot`.
 
     Raises:
-        PlywiseError: ``what`` is no picture, or matplotlib is not installed.
+        PlywiseError: ``what`` is not a picture, or matplotlib is not installed.
     """
     if what == "ranking":
         return _draw_ranking(summary)

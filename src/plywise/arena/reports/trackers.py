@@ -55,7 +55,7 @@ def list_runs(folder: Path) -> list[TrackedRun]:
         folder: where bench.json and trials.jsonl are.
 
     Raises:
-        PlywiseError: it holds no bench, or a line is no trial.
+        PlywiseError: it holds no bench, or a line is not a trial.
     """
     bench, lines = shorten_names(*read_bench(folder))
     return [make_run(line, bench["workloads"][line["workload"]]["metric"]) for line in lines]

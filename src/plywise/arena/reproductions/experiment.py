@@ -211,7 +211,7 @@ class Experiment:
         claimed = [name for claim in self.claims for name in (claim.better, claim.worse)]
         if unknown := next((name for name in claimed if name not in names), None):
             raise BenchError(
-                f"{self.name}: a claim is about {unknown!r}, which is no arm. "
+                f"{self.name}: a claim is about {unknown!r}, which is not an arm. "
                 f"{suggestion(unknown, tuple(names))}There are: {', '.join(names)}."
             )
 

@@ -66,4 +66,4 @@ def _split(x: Bytes, y: Bytes) -> Split:
 
 def _centre(data: Data) -> Data:
     mean = data.train.x.mean(0)
-    return Data(*(Split(part.x - mean, part.y) for part in vars(data).values()))
+    return Data(*(Split(part.x - mean, part.y) for part in data.parts))

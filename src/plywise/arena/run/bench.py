@@ -168,7 +168,7 @@ class Bench:
             ]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise StateError(
-                f"{path} is no description of a bench, or damaged ({error!r}).", see="state-bench"
+                f"{path} is not a description of a bench, or damaged ({error!r}).", see="state-bench"
             ) from error
         if config != self.about["plan"]:
             raise StateError(

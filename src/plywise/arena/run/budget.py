@@ -25,7 +25,7 @@ def parse_duration(text: str) -> float:
     """Seconds of a duration: ``90s``, ``45m``, ``2h``, ``1h30m``.
 
     Raises:
-        PlywiseError: it is no duration.
+        PlywiseError: it is not a duration.
 
     Example:
         >>> parse_duration("1h30m")

@@ -57,7 +57,7 @@ class TrialJob:
             workload = self._shorten(self.source.load(data))
             if self.probe:
                 count = max(PROBE_SAMPLES, workload.batch_size)
-                data = Data(*(part.head(count) for part in vars(data).values()))
+                data = Data(*(part.head(count) for part in data.parts))
             data = data.to(self.device)
             peak.begin(data)
             result = run_trial(
@@ -147,7 +147,7 @@ class Peak:
 
     def begin(self, data: Data) -> None:
         """Measure the memory before model and method are made."""
-        parts = [part for part in vars(data).values() if isinstance(part, Split)]
+        parts = [part for part in data.parts if isinstance(part, Split)]
         for tensor in list_tensors([(part.x, part.y) for part in parts]):
             tensor.sum()  # pages of a mapped file count once they have been read
         self._before = self._reset_peak()

@@ -97,20 +97,20 @@ class Ledger:
 def read(path: Path, again: str = "The command that wrote them") -> Iterator[dict[str, Any]]:
     """The trials of a file; none if it is not there.
 
-    A last line without its end is just being written, or was cut off by a crash: it is no trial.
+    A last line without its end is just being written, or was cut off by a crash: it is not a trial.
 
     Args:
         path: the file.
         again: what runs trials again whose lines are damaged, as the first words of a sentence.
 
     Raises:
-        PlywiseError: a line is no trial, or not what was written.
+        PlywiseError: a line is not a trial, or not what was written.
     """
     whole, damaged = _split(path)
     if damaged:
         number, _, why = damaged[0]
         raise BenchError(
-            f"Line {number} of {path} is no trial of a bench, or damaged ({why}). "
+            f"Line {number} of {path} is not a trial of a bench, or damaged ({why}). "
             f"{again} sets such lines aside, and runs their trials again."
         )
     return (line for line, _ in whole)

@@ -143,7 +143,7 @@ def _work(
     if Path(folder).is_dir():
         os.chdir(folder)
     sys.path[:] = [*path, *(one for one in sys.path if one not in path)]
-    job.source.find_method(job.key.method)  # what is not on this machine is no outcome of the trial
+    job.source.find_method(job.key.method)  # what is not on this machine is not an outcome of the trial
     job.source.require()
     # what Ray cancels by does not end a wait: a signal each second does, and then the interrupt is seen
     signal.signal(signal.SIGALRM, lambda *_: None)

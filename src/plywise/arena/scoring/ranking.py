@@ -157,7 +157,7 @@ def find_null_ratio(results: BenchResults, track: str, clock: str, null: str) ->
 
 
 def measure_noise(results: BenchResults, track: str, clock: str) -> float:
-    """Return how far from 1 the intervals of null controls reach: ratios nearer to 1 are no difference.
+    """Return how far from 1 the intervals of null controls reach: ratios nearer to 1 are not a difference.
 
     It is taken over the workloads where a null control and its original reached the target in all resamples,
     later than at the first measurement. On other workloads their times have no limits. Infinite where there

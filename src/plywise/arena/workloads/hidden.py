@@ -189,7 +189,7 @@ def make_workload(kind: str, seed: int) -> Workload:
     about, make_data = KINDS[kind]
     draws, data = Draws(f"{kind} run", seed), make_data(seed)
     y = data.train.y
-    classes = 0 if y.is_floating_point() else 1 + max(int(part.y.max()) for part in vars(data).values())
+    classes = 0 if y.is_floating_point() else 1 + max(int(part.y.max()) for part in data.parts)
     return Workload(
         f"hidden-{kind}-{seed}",
         about,

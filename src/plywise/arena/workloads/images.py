@@ -35,7 +35,7 @@ def fashion() -> Data:
 
 def fashion_rows() -> Data:
     """`fashion`, each image a row of 784 pixels."""
-    return Data(*(Split(part.x.flatten(1), part.y) for part in vars(fashion()).values()))
+    return Data(*(Split(part.x.flatten(1), part.y) for part in fashion().parts))
 
 
 def mnist_themselves() -> Data:
@@ -76,7 +76,7 @@ def _make_labels(y: Bytes) -> Tensor:
 def standardise_channels(data: Data) -> Data:
     """Each channel by the training part's mean and deviation."""
     deviation, mean = torch.std_mean(data.train.x, dim=(0, 2, 3), keepdim=True)
-    return Data(*(Split((part.x - mean) / deviation, part.y) for part in vars(data).values()))
+    return Data(*(Split((part.x - mean) / deviation, part.y) for part in data.parts))
 
 
 WORKLOADS = (

@@ -85,13 +85,13 @@ def own_workload(
         batch_size: samples a batch. Default 128, or all if there are fewer. A stream of batches has its own.
         keep_batches: batches that are kept of a stream. Default 1000.
         steps: steps of a run. Default 1000.
-        blocks: blocks for local learners. Default: for classes 4, or as many as the model comes apart into;
+        blocks: blocks for local learners. Default: for classes 4, or as many as the model can be cut into;
             else 0.
         folder: where the batches of a stream are kept (see `plywise.data.sources.Reading`).
 
     Raises:
         PlywiseError: the data or the model cannot be had, or do not fit each other or the loss.
-        BlockError: the model does not come apart into ``blocks``.
+        BlockError: the model cannot be cut into ``blocks``.
 
     Example:
         >>> made_by = "plywise.arena.workloads.synthetic:make_model"
@@ -254,7 +254,7 @@ def _fitting(data: Data, output: Tensor) -> Data:
     y, shape = _targets(data.train), output.shape[1:]
     if not isinstance(data.train, Split) or not y.is_floating_point() or {y.shape[1:], shape} != {(), (1,)}:
         return data
-    return Data(*(Split(part.x, part.y.reshape(-1, *shape)) for part in vars(data).values()))
+    return Data(*(Split(part.x, part.y.reshape(-1, *shape)) for part in data.parts))
 
 
 def _task(data: Data, loss: str, metric: str) -> Task:
@@ -304,7 +304,7 @@ def _check_outputs(model: str, output: Tensor, data: Data, task: Task, own_loss:
     if task.metric is error_rate or (not own_loss and not y.is_floating_point()):
         _check_classes(model, output, data)
     _check_judge(task.loss, "loss", output, y[: len(output)])
-    if isinstance(task, WholeSetTask):  # two samples are no set
+    if isinstance(task, WholeSetTask):  # two samples are not a set
         y = _targets(data.validation)
         output = output[:1].expand(len(y), *output.shape[1:])
     _check_judge(task.metric, "metric", output, y[: len(output)])
@@ -319,7 +319,7 @@ def _check_classes(model: str, output: Tensor, data: Data) -> None:
             f"({wanted},) scores. If these are numbers to predict, make them floating-point."
         )
     outputs = output.shape[-1]
-    largest = max(int(y.max()) for part in vars(data).values() for y in list_targets(part))
+    largest = max(int(y.max()) for part in data.parts for y in list_targets(part))
     if largest >= outputs:
         raise DataError(
             f"{model} has {outputs} output{'s' if outputs > 1 else ''}, and targets go up to {largest}: "

@@ -44,7 +44,7 @@ def _scale(data: Data) -> Data:
         inputs = (_fill_missing(part.x, median) - x_mean) / x_scale
         return Split(inputs.float(), ((part.y - y_mean) / y_scale).float())
 
-    return Data(*(scaled(part) for part in vars(data).values()))
+    return Data(*(scaled(part) for part in data.parts))
 
 
 def _fill_missing(x: Tensor, median: Tensor) -> Tensor:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from plywise.engine.capture.captured_call import TappedCall, find_wanted, find_wanted_of_tap
+from plywise.engine.capture.graph import walk_graph
+from plywise.engine.passes import RecentPasses, find_pass
 from plywise.errors import PlywiseError
 
 REENTRANT = "CheckpointFunctionBackward"
 """Part of the name of a reentrant checkpoint's node, which hides the graph inside of it."""
-
-KEPT_PASSES = 64
-"""Backward passes that are remembered; several can run at the same time."""
 
 
 def is_call(node: Any, responder: Any = None) -> bool:
@@ -70,24 +69,15 @@ def find_wanting(start: Any, responder: Any) -> Any:
     There is none where only gradients at inputs are asked for (``torch.autograd.grad(output, x)``), or where
     all weights below are frozen. Calls that were looked at in this backward are not looked at again.
     """
-    task = torch._C._current_graph_task_id()
-    seen: set[Any] = set()
+    task = find_pass()
     met: list[Any] = []
-    stack = [start]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in walk_graph(start, lambda node: getattr(node, "wants_none_in", None) == task):
         if REENTRANT in type(node).__name__:
             return node  # torch refuses it where only some gradients are asked for
         if is_call(node, responder):
-            if getattr(node, "wants_none_in", -1) == task:
-                continue
             if wants_update(node):
                 return node
             met.append(node)
-        stack.extend(source for source, _ in node.next_functions)
     for node in met:
         node.wants_none_in = task
     return None
@@ -111,21 +101,9 @@ def is_asked_for(source: Any) -> bool:
     return False
 
 
-def find_asked_leaves(start: Any) -> list[Tensor]:
-    """Find the leaves below a node whose gradients `torch.autograd.grad` was asked for."""
-    return [node.variable for node in find_leaf_nodes(start) if is_asked_for(node)]
-
-
 def find_leaf_nodes(start: Any) -> list[Any]:
     """Return the nodes below a node that accumulate a leaf's gradient."""
-    seen: set[Any] = set()
-    stack = [start]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack.extend(source for source, _ in node.next_functions)
-    return [node for node in seen if hasattr(node, "variable")]
+    return [node for node in walk_graph(start) if hasattr(node, "variable")]
 
 
 class PassSamples:
@@ -136,7 +114,7 @@ class PassSamples:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[int, int]] = {}
+        self._known = RecentPasses[tuple[int, int]]()
 
     def count(self, node: Any, samples: int) -> tuple[int, bool]:
         """Return the number of samples of the running backward, and whether it began at this layer.
@@ -145,19 +123,13 @@ class PassSamples:
             node: the call that the backward has come to.
             samples: the samples of that call.
         """
-        task, own = torch._C._current_graph_task_id(), id(node.site)
+        task, own = find_pass(), id(node.site)
         if task not in self._known:
             outer = getattr(node, "made_in", task)
             known = self._known.get(outer, (samples, own))
-            self._remember(outer, known)
-            self._remember(task, known)
+            self._known[outer] = self._known[task] = known
         samples, topmost = self._known[task]
         return samples, topmost == own
-
-    def _remember(self, task: int, known: tuple[int, int]) -> None:
-        if task not in self._known and len(self._known) >= KEPT_PASSES:
-            del self._known[next(iter(self._known))]
-        self._known[task] = known
 
 
 _training: set[object] = set()
@@ -193,14 +165,14 @@ class AlteredPasses:
     def __init__(self, responder: Any, refuse: Callable[[Tensor], None]) -> None:
         self._responder = responder
         self._refuse = refuse
-        self._tasks: dict[int, None] = {}
+        self._tasks = RecentPasses[None]()
 
     def __contains__(self, task: int) -> bool:
         return task in self._tasks
 
     def enter(self, node: Any) -> bool:
         """Return whether the running backward, which has come to this node, sends altered values down."""
-        task = torch._C._current_graph_task_id()
+        task = find_pass()
         if task in self._tasks:
             return True
         if torch.is_grad_enabled():  # a backward that is differentiated itself has autograd's own values
@@ -209,21 +181,16 @@ class AlteredPasses:
         if wanting is None and not _training:
             return False
         if wanting is not None and any(is_asked_for(source) for source, _ in wanting.next_functions):
-            for leaf in find_asked_leaves(node):
-                self._refuse(leaf)
-        self._add(task)
+            for leaf in filter(is_asked_for, find_leaf_nodes(node)):
+                self._refuse(leaf.variable)
+        self._tasks[task] = None
         return True
 
     def enter_apart(self, node: Any) -> bool:
         """Send altered values down in a backward of inputs; the weights' follows later (ZeroBubble)."""
-        task = torch._C._current_graph_task_id()
+        task = find_pass()
         if task not in self._tasks:
             for leaf in find_leaf_nodes(node):
                 self._refuse(leaf.variable)
-            self._add(task)
+            self._tasks[task] = None
         return True
-
-    def _add(self, task: int) -> None:
-        if len(self._tasks) >= KEPT_PASSES:
-            del self._tasks[next(iter(self._tasks))]
-        self._tasks[task] = None

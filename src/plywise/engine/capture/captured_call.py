@@ -15,6 +15,7 @@ from plywise._util.uncompiled import WHY_STEPS, leave_out
 from plywise.engine.call import Update
 from plywise.engine.capture.masked_rows import get_active_masks
 from plywise.engine.maps.layouts import PLAIN
+from plywise.engine.passes import find_pass
 from plywise.engine.sites import Site
 
 Run = Callable[..., Tensor]
@@ -28,10 +29,6 @@ _is_mapped: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtens
 """Whether a tensor holds several Δ at once, as ``torch.autograd.grad(is_grads_batched=True)`` makes it."""
 _autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
-_find_pass: Callable[[], int] = torch._C._current_graph_task_id
-"""The backward pass that runs; -1 if none does."""
-
-
 _count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 SELECTIVE = "_CachingTorchDispatchMode"
 """The mode in which torch runs what is in a selective checkpoint."""
@@ -46,7 +43,7 @@ class CapturedCall(torch.autograd.Function):
         output = run(x, weight, bias)
         if _count_modes():
             ctx.is_passed_once = _is_passed_once()
-        if (task := _find_pass()) != -1:  # a checkpoint runs the call again
+        if (task := find_pass()) != -1:  # a checkpoint runs the call again
             ctx.made_in = task
         ctx.site, ctx.run, ctx.sends_below, ctx.masks = site, run, True, get_active_masks()
         ctx.has_bias = bias is not None and bias.requires_grad  # a frozen bias is a constant
@@ -91,7 +88,7 @@ class TappedCall(torch.autograd.Function):
         """Return the output in ``box``; keep the tensors from which the map's input is made."""
         if _count_modes():
             ctx.is_passed_once = _is_passed_once()
-        if (task := _find_pass()) != -1:
+        if (task := find_pass()) != -1:
             ctx.made_in = task
         ctx.site, ctx.run, ctx.sends_below, ctx.masks = site, run, False, get_active_masks()
         value, ctx.prepare, kept = box
@@ -203,7 +200,7 @@ def _fit(
             site.entry.add_answer(of_weight, weight)
     if wants_bias:
         of_bias = update.bias
-        if of_bias is None:  # the bias is no part of the local problem: it gets its plain gradient
+        if of_bias is None:  # the bias is not part of the local problem: it gets its plain gradient
             of_bias = site.map.bias_gradient(delta)
         if site.bias_shape is not None:
             of_bias = of_bias.reshape(site.bias_shape)

@@ -11,11 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from plywise.engine.capture.graph import walk_graph
 from plywise.engine.capture.odd_tensors import explain_type, explain_values, is_expanded
 from plywise.engine.maps.base import LinearMap
 from plywise.engine.maps.layouts import Layout
+from plywise.engine.passes import find_pass
 from plywise.engine.processes.followed_parameters import find_successors, follow_parameters, is_replaced
-from plywise.engine.selection import collect_parameters, explain_kind
+from plywise.engine.selection import explain_kind
 from plywise.engine.sharding import keep_whole
 from plywise.engine.sites import PLAIN_TYPES, ParameterEntry, Site, find_part, is_tracer
 
@@ -84,7 +86,7 @@ class ParameterTable:
         This does not happen where a backward runs a part of the forward again (checkpointing), because that
         must repeat the forward exactly.
         """
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = find_pass() != -1
         if not in_backward and dist.is_available() and dist.is_initialized():
             model = self._model()
             if model is not None and any(map(is_replaced, self.entries)):
@@ -227,7 +229,7 @@ class ParameterTable:
         computed: torch.Size | None,
     ) -> Site:
         layer, module = entry.find_owner(key[2])
-        name = layer if entry.attribute == "weight" else ".".join(filter(None, (layer, entry.attribute)))
+        name = entry.name_in(layer)
         if part is not None:
             parts = sum(site.part is not None for site in entry.sites.values())
             name += f"[{parts}]"
@@ -352,15 +354,9 @@ class ParameterTable:
 
     def _find_sources(self, weight: Tensor) -> list[ParameterEntry]:
         """Return the parameters that a weight is computed from; none if anything but parameters is in it."""
-        seen: set[Any] = set()
         sources: list[ParameterEntry] = []
-        stack: list[Any] = [weight.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if len(seen) > MOST_NODES or _may_be_layer(node):
+        for count, node in enumerate(walk_graph(weight.grad_fn), 1):
+            if count > MOST_NODES or _may_be_layer(node):
                 return []  # computed by another layer: an activation, not a weight
             variable = getattr(node, "variable", None)
             if variable is not None:
@@ -368,7 +364,6 @@ class ParameterTable:
                 if known is None:
                     return []
                 sources.append(known)
-            stack.extend(source for source, _ in node.next_functions)
         return [] if any(entry.excluded for entry in sources) else sources
 
 
@@ -384,6 +379,3 @@ def _may_be_layer(node: Any) -> bool:
 def _count_entries(entry: ParameterEntry) -> int:
     parameter = entry.parameter()
     return 0 if parameter is None else parameter.numel()
-
-
-__all__ = ["ParameterTable", "collect_parameters"]

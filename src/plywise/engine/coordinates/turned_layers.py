@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plywise.engine.contract import LayerShape, State, StatefulContract, Turn
 from plywise.engine.coordinates.slots import Slots
-from plywise.engine.finite import is_precise
+from plywise.engine.finite import is_finite, is_precise
 from plywise.engine.statistics.layer_handle import LayerHandle
 from plywise.engine.statistics.stacks import LARGEST_STACKED, StackedState
 from plywise.numerics.norms import compute_norm, compute_row_norms
@@ -129,7 +129,7 @@ class SmallLayers:
         """Return the layers whose matrices are not finite; none if the norm of all is finite."""
         if math.isfinite(norm):
             return set()
-        failed = {i for i, row in enumerate(self._rows) if not bool(torch.isfinite(row).all())}
+        failed = {i for i, row in enumerate(self._rows) if not is_finite(row)}
         for i in failed:
             note(self.layers[i])
         return failed
@@ -224,7 +224,7 @@ class LargeLayer:
         for i, (piece, rows) in enumerate(zip(self._pieces, cut, strict=True)):
             torch._foreach_copy_(piece.input_parts, rows)
             self._turn.turn(piece.input, piece.output)
-            if _is_finite(piece.output_memory):
+            if is_finite(piece.output_memory):
                 torch._foreach_copy_(rows, piece.output_parts)
             else:  # the gradient stays as it is
                 self._has_failed = True
@@ -273,7 +273,7 @@ class LargeLayer:
             afters.append(measure(piece.output_memory))
             torch._foreach_copy_(rows, piece.output_parts)
         before, after = math.hypot(*befores), math.hypot(*afters)
-        if not math.isfinite(after) and not all(bool(torch.isfinite(part).all()) for part in parts):
+        if not math.isfinite(after) and not all(map(is_finite, parts)):
             return None
         return find_scale(before, after) if self._rule.keeps_norm else 1.0
 
@@ -313,10 +313,6 @@ class _Piece:
             [flat[:, :width], *flat[:, width : shape.columns].unbind(1)]
             for flat in memory.view(2, shape.groups * shape.outputs, columns).unbind()
         )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return math.isfinite(torch.linalg.vector_norm(tensor)) or bool(torch.isfinite(tensor).all())
 
 
 def _list_parts(matrices: Tensor, weight: Tensor) -> list[Tensor]:

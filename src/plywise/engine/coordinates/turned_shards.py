@@ -1,6 +1,5 @@
 """Turns layers under fully_shard into other coordinates: each is whole on one process while it is turned."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -10,9 +9,10 @@ from torch import Tensor
 from plywise.engine.call import Update
 from plywise.engine.contract import State, StatefulContract, Turn
 from plywise.engine.coordinates.turned_layers import FindFactors, Note, find_scale, measure
+from plywise.engine.finite import is_finite
 from plywise.engine.processes.replicas import Replicas
 from plywise.engine.sharding import find_local
-from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.layer_handle import LayerHandle, find_trained
 from plywise.engine.statistics.shard_exchange import gather_whole, get_layer_gradient
 from plywise.engine.statistics.stacks import StackedState, convert_state
 
@@ -64,7 +64,7 @@ class ShardedLayers:
                 if not turn_stand_ins(layer, partial(self._turn, layer)):
                     self._failed.add(layer.name)
                     note(layer)
-        parameters = list({id(p): p for layer in self._layers for p in layer.trained}.values())
+        parameters = list(find_trained(self._layers).values())
         for parameter, factor in zip(parameters, find_factors(parameters), strict=True):
             self._bases[id(parameter)] = find_local(parameter.detach()) * factor
 
@@ -72,7 +72,7 @@ class ShardedLayers:
         """Turn the optimizer's steps back, and put them into the weights."""
         if not self._layers:
             return
-        parameters = {id(p): p for layer in self._layers for p in layer.trained}
+        parameters = find_trained(self._layers)
         steps = {key: torch.empty_like(p) for key, p in parameters.items()}
         locals_ = {key: find_local(p.detach()) for key, p in parameters.items()}
         for key, local in locals_.items():
@@ -108,7 +108,7 @@ def turn_stand_ins(layer: LayerHandle, turn: Callable[[Tensor], Tensor]) -> bool
     update = layer.read_gradient()
     matrix = update.matrix(layer.groups)
     turned = turn(matrix.to(torch.promote_types(matrix.dtype, torch.float32))).to(matrix.dtype)
-    if not math.isfinite(turned.sum()) and not bool(torch.isfinite(turned).all()):
+    if not is_finite(turned):
         return False
     assert update.weight is not None
     layer.write_gradient(Update.of(turned, update.weight.shape, update.bias is not None))

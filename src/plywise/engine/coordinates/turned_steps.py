@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from plywise.engine import health
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.coordinates.optimizer_probe import OptimizerTraits, find_direction, probe_optimizer
 from plywise.engine.coordinates.turned_layers import LargeLayer, SmallLayers, arrange_turned
 from plywise.engine.coordinates.turned_shards import ShardedLayers, turn_stand_ins
-from plywise.engine.health import Health
+from plywise.engine.health import IDENTITY, Health
 from plywise.engine.processes.training_processes import TrainingProcesses
-from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.layer_handle import LayerHandle, find_trained
 from plywise.engine.statistics.saved_keys import PREFIX
 from plywise.engine.statistics.saved_state import LayerState, SavedState
 from plywise.engine.statistics.shard_exchange import gather_whole
@@ -33,7 +32,7 @@ class TurnedSteps:
     Args:
         rule: the rule.
         optimizer: the optimizer.
-        health_: where steps that are not finite are counted.
+        health: where steps that are not finite are counted.
         processes: the processes that share the states.
 
     Raises:
@@ -41,12 +40,12 @@ class TurnedSteps:
     """
 
     def __init__(
-        self, rule: StatefulContract, optimizer: Optimizer, health_: Health, processes: TrainingProcesses
+        self, rule: StatefulContract, optimizer: Optimizer, health: Health, processes: TrainingProcesses
     ) -> None:
         self._rule = rule
         self._processes = processes
         self._traits: OptimizerTraits = probe_optimizer(optimizer)
-        self._health = health_
+        self._health = health
         self._last: list[LayerHandle] = []
         self._arranged: list[SmallLayers | LargeLayer | ShardedLayers] = []
         self._states: list[State] = []
@@ -116,7 +115,7 @@ class TurnedSteps:
     def _lend_gradients(self, layers: Sequence[LayerHandle]) -> None:
         """Put copies in the place of gradients, to be turned: a second step must find them as they were."""
         self._put_gradients_back()  # of a step that has failed
-        for parameter in {id(p): p for layer in layers for p in layer.trained}.values():
+        for parameter in find_trained(layers).values():
             if parameter.grad is not None:
                 plain, parameter.grad = parameter.grad, parameter.grad.clone()
                 self._lent.append((parameter, plain, parameter.grad))
@@ -139,7 +138,7 @@ class TurnedSteps:
         scale = getattr(optimizer, "grad_scale", None)
         groups = optimizer.param_groups
         decays = {id(p): g["weight_decay"] * find_direction(g) for g in groups for p in g["params"]}
-        for parameter in {id(p): p for layer in layers for p in layer.trained}.values():
+        for parameter in find_trained(layers).values():
             decay = decays.get(id(parameter), 0.0)
             if decay and parameter.grad is not None:
                 added = parameter.detach() * (decay * sign)
@@ -156,7 +155,7 @@ class TurnedSteps:
 
     def _arrange(self, layers: list[LayerHandle], states: list[State]) -> None:
         """Arrange layers as before, or again if they, their parameters or their sizes have changed."""
-        key = layers, list(map(_sign, layers))
+        key = layers, list(map(_make_signature, layers))
         before, self._states = self._states, states
         if key == self._key and not any(map(is_not, states, before)):
             return
@@ -203,12 +202,12 @@ class TurnedSteps:
         still = {id(parameter) for group in groups for parameter in group["params"]}
         if not still:
             return []
-        own = {id(p): p for layer in self._last for p in layer.trained}
+        own = find_trained(self._last)
         return [parameter for key, parameter in own.items() if key in still]
 
     def _note(self, layer: LayerHandle) -> None:
         """Count that a matrix of this layer is not finite once it is turned."""
-        self._health.note(layer.name, health.IDENTITY)
+        self._health.note(layer.name, IDENTITY)
 
     # ---- the optimizer's state -------------------------------------------------------------------------
 
@@ -283,7 +282,7 @@ class TurnedSteps:
             layer.stand_ins = {}
 
 
-def _sign(layer: LayerHandle) -> tuple[object, ...]:
+def _make_signature(layer: LayerHandle) -> tuple[object, ...]:
     """Return what stacks of a layer depend on."""
     weight, bias = layer.entry.parameter(), layer.bias
     assert weight is not None

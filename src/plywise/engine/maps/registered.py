@@ -263,7 +263,7 @@ def _compare(name: str, map_: LinearMap, what: str, found: Tensor, wanted: Tenso
         return
     raise AttachError(
         f"The map {type(map_).__name__} registered for layer {name!r} does not describe what the layer does: "
-        f"its {what} differs from the module's own. Mend the map (see plywise.register_map), or leave the "
+        f"its {what} differs from the module's own. Fix the map (see plywise.register_map), or leave the "
         f"layer out: attach(..., exclude={name!r}).",
         see="register-map",
     )

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plywise._util.optimizers import list_parameters
 from plywise.engine.sharding import Sharding, find_shards, is_spread
 from plywise.engine.sites import Owner, ParameterEntry
 from plywise.errors import AttachError
@@ -85,8 +86,7 @@ def refuse_old_optimizer(title: str, replaced: list[ParameterEntry], optimizer: 
         replaced: the parameters that have been replaced.
         optimizer: the optimizer; None if it is gone.
     """
-    groups = [] if optimizer is None else optimizer.param_groups
-    stepped = {id(p) for group in groups for p in group["params"]}
+    stepped = set(map(id, list_parameters(optimizer)))
     if not any(id(entry.parameter()) in stepped for entry in replaced):
         raise AttachError(
             f"{title}: fully_shard or parallelize_module has replaced {replaced[0].name!r} and other "
@@ -135,7 +135,7 @@ def refuse_replaced(
         optimizer: the optimizer.
         keeps_values: whether the rule keeps values beside the old parameters.
     """
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    stepped = set(map(id, list_parameters(optimizer)))
     for entry, successors in entries.items():
         is_replaced_here = is_replaced(entry) and (keeps_values or id(find_in_place(entry)) not in stepped)
         trains_others = any(_is_lost(other, stepped) for other in successors)

@@ -72,7 +72,7 @@ class Replicas:
         """Run each job on one process, send its result to the others, and return all results."""
         if self.size == 1:
             return {name: job.run() for name, job in jobs.items()}
-        owner = shares(jobs, self.size)
+        owner = deal_out({name: job.cost for name, job in jobs.items()}, [0.0] * self.size)
         parts = {name: job.run() if owner[name] == self.rank else job.blank() for name, job in jobs.items()}
         return self.send_from_owners(parts, owner)
 
@@ -98,19 +98,17 @@ class Replicas:
         return [bool(flag) for flag in whole.tolist()]
 
 
-def shares(jobs: Mapping[str, Job], size: int) -> dict[str, int]:
-    """Return which process runs which job."""
-    return deal_out({name: job.cost for name, job in jobs.items()}, size)
+def deal_out(costs: Mapping[K, float], load: list[float]) -> dict[K, int]:
+    """Assign jobs to processes: the most expensive first, each to the process with the least work so far.
 
-
-def deal_out(costs: Mapping[K, float], size: int) -> dict[K, int]:
-    """Assign jobs to processes: the most expensive first, each to the process with the least work so far."""
-    load = [0.0] * size
+    Args:
+        costs: what each job costs; jobs of equal cost are assigned in the given order.
+        load: the work that each process has already; what is assigned is added to it.
+    """
     owner = {}
     for name, cost in sorted(costs.items(), key=lambda item: -item[1]):
-        rank = load.index(min(load))
-        owner[name] = rank
-        load[rank] += cost
+        owner[name] = load.index(min(load))
+        load[owner[name]] += cost
     return owner
 
 

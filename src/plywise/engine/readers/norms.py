@@ -144,7 +144,7 @@ def read_scale(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _find_axis(capture: Capture, weight: Tensor, x: Tensor) -> int | None:
-    """Return where the features of a scale are: 1, or -1 for the last axes; None if it is no scale of x."""
+    """Return where the features of a scale are: 1, or -1 for the last axes; None for no scale of x."""
     count, dims = weight.dim(), x.dim()
     if not 1 <= count <= dims >= 2 or weight.numel() < 2 or not x.is_floating_point():
         return None

@@ -36,7 +36,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _capture_product(capture: Capture, func: Any, x: Any, weight: Any, run: Any) -> Any:
-    """Capture ``x @ weight`` for a weight (d, m) or (experts, d, m); None if it is no weight of the model."""
+    """Capture ``x @ weight`` for a weight (d, m) or (experts, d, m); None for other tensors."""
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)) or capture.is_parameter(x):
         return None
     if weight.dim() == 3 == x.dim() and weight.shape[0] > 1 and not weight.stride(0):

@@ -12,7 +12,7 @@ from plywise.engine.explain import LayerRow, Size
 from plywise.engine.health import Health
 from plywise.engine.selection import explain_kind, predict_kind
 from plywise.engine.sites import Owner, ParameterEntry, Site
-from plywise.engine.statistics.layer_handle import predict_canonical, predict_groups
+from plywise.engine.statistics.layer_handle import find_bias_name, predict_canonical, predict_groups
 
 UNSEEN = "no call of a linear map has been seen with it yet"
 
@@ -117,8 +117,7 @@ def _find_biases(entries: list[ParameterEntry]) -> dict[int, list[ParameterEntry
             continue
         added = [by_id.get(id(site.adds())) for site in entry.sites.values() if site.adds is not None]
         if not entry.sites and entry.expected and entry.attribute in ("weight", "in_proj_weight"):
-            name = "in_proj_bias" if entry.attribute == "in_proj_weight" else "bias"
-            added = [by_place.get((owner.path, name)) for owner in entry.owners]
+            added = [by_place.get((owner.path, find_bias_name(entry))) for owner in entry.owners]
         # a weight that calls add as well (a row of it) has a row of its own, and so has what is left alone
         known = [bias for bias in dict.fromkeys(added) if bias is not None]
         found[id(entry)] = [bias for bias in known if not bias.sites and not (bias.excluded and bias.trains)]
@@ -135,7 +134,7 @@ def _make_rows_of(
     counted: set[int],
     biases: list[ParameterEntry],
 ) -> list[LayerRow]:
-    name = path if entry.attribute == "weight" else ".".join(filter(None, (path, entry.attribute)))
+    name = entry.name_in(path)
     if any(site.computed for site in entry.sites.values()):
         name = entry.name
     parameter = entry.parameter()
@@ -261,7 +260,7 @@ def _make_left_row(
     health: Health,
     counted: set[int],
 ) -> LayerRow:
-    name = path if entry.attribute == "weight" else ".".join(filter(None, (path, entry.attribute)))
+    name = entry.name_in(path)
     if not entry.name.endswith(entry.attribute):  # an original of a parametrization
         name = entry.name
     events = {**health.of(path), **health.of(entry.name)}

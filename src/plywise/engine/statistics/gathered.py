@@ -1,14 +1,9 @@
 """Evidence between backward and the optimizer's step: first staged, then pending."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
-import torch
-
 from plywise.engine.contract import Evidence
-
-KEPT_PASSES = 64
-"""Backward passes whose evidence is kept until their gradient arrives."""
+from plywise.engine.passes import RecentPasses, find_pass, list_arriving
 
 
 @dataclass
@@ -35,23 +30,20 @@ class GatheredEvidence:
 
     def __init__(self) -> None:
         self.pending: dict[str, Pending] = {}
-        self._staged: dict[str, dict[int, tuple[bool, Evidence]]] = {}
+        self._staged: dict[str, RecentPasses[tuple[bool, Evidence]]] = {}
 
     def stage(self, name: str, waits: bool, evidence: Evidence) -> None:
         """Keep the running backward pass's evidence of a layer; it does not count yet."""
-        passes, task = self._staged.setdefault(name, {}), torch._C._current_graph_task_id()
-        earlier = passes.get(task)
+        passes = self._staged.setdefault(name, RecentPasses())
+        earlier = passes.get(find_pass())
         if earlier is not None:  # a layer called several times
             evidence = add_evidence(earlier[1], evidence)
-        else:
-            for other in [other for other in passes if other < task - KEPT_PASSES]:
-                del passes[other]  # they never arrived
-        passes[task] = waits, evidence
+        passes[find_pass()] = waits, evidence
 
     def arrive(self, name: str, mark: tuple[int, int]) -> None:
         """Count the evidence of a layer, if there is any: its weight's gradient has arrived in ``.grad``."""
-        passes = self._staged.get(name, {})
-        for task in list_passes(passes):
+        passes = self._staged.setdefault(name, RecentPasses())
+        for task in list_arriving(passes):
             waits, evidence = passes.pop(task)
             pending = self.pending.get(name)
             if pending is not None:
@@ -62,16 +54,6 @@ class GatheredEvidence:
         """Forget all evidence: the step does not happen, or has been taken."""
         self._staged.clear()
         self.pending.clear()
-
-
-def list_passes(tasks: Collection[int]) -> list[int]:
-    """Return which of these backward passes have made a gradient that arrives now.
-
-    That is the running pass; or those inside of it, which began later, if a function makes its gradients by
-    `torch.autograd.grad` in its own backward (adjoint and reversible networks).
-    """
-    current = torch._C._current_graph_task_id()
-    return [current] if current in tasks else [task for task in tasks if task > current]
 
 
 def add_evidence(first: Evidence, second: Evidence) -> Evidence:

@@ -1,6 +1,6 @@
 """A layer with a running state: its sizes, and its parameters, which are looked up in each step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from plywise.engine.call import Update
 from plywise.engine.contract import LayerShape
 from plywise.engine.maps.layouts import ELEMENTWISE, PLAIN, TRANSPOSED, Layout, make_transposed_layout
+from plywise.engine.passes import find_pass
 from plywise.engine.processes.followed_parameters import explain_replaced
 from plywise.engine.selection import is_in_out
 from plywise.engine.sharding import mark_gradient
@@ -171,13 +172,13 @@ class LayerHandle:
         """Return which tensor ``.grad`` is now, and how often it has been written to."""
         gradient = self.weight.grad
         if gradient is None or self.entry.sharding is not None:  # it comes once this backward pass is over
-            return COMING, torch._C._current_graph_task_id()
+            return COMING, find_pass()
         return mark_gradient(gradient)
 
     def holds_gradient(self, mark: tuple[int, int]) -> bool:
         """Return whether ``.grad`` still holds what was accumulated (it may be scaled or averaged since)."""
         weight = self.weight
-        if mark == (COMING, torch._C._current_graph_task_id()):
+        if mark == (COMING, find_pass()):
             return True
         if self.entry.sharding is not None:
             return self.entry.sharding.holds_gradient(weight)
@@ -232,6 +233,11 @@ class LayerHandle:
         gradient = self.find_gradient(parameter)
         assert gradient is not None
         return gradient
+
+
+def find_trained(layers: Iterable[LayerHandle]) -> dict[int, Tensor]:
+    """Return the parameters of layers that train, each once, by their ids."""
+    return {id(parameter): parameter for layer in layers for parameter in layer.trained}
 
 
 def find_bias_name(entry: ParameterEntry) -> str:

@@ -11,11 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from plywise.engine import health
 from plywise.engine.answers import check_tensors
 from plywise.engine.contract import ROUNDING_ERROR, Evidence, LayerShape, Shapes, State, StatefulContract
 from plywise.engine.finite import find_finite, read_norms
-from plywise.engine.health import Health
+from plywise.engine.health import NON_FINITE, ROUNDING, Health
 from plywise.engine.processes.replicas import Job, Replicas
 from plywise.engine.statistics.early_layers import GRADIENT
 from plywise.engine.statistics.gathered import Pending
@@ -36,16 +35,14 @@ class Learning:
         rule: the rule.
         saved: the states.
         known: the layers.
-        health_: where evidence that is not finite is counted.
+        health: where evidence that is not finite is counted.
     """
 
-    def __init__(
-        self, rule: StatefulContract, saved: SavedState, known: KnownLayers, health_: Health
-    ) -> None:
+    def __init__(self, rule: StatefulContract, saved: SavedState, known: KnownLayers, health: Health) -> None:
         self._rule = rule
         self._saved = saved
         self._known = known
-        self._health = health_
+        self._health = health
 
     # ---- when ------------------------------------------------------------------------------------
 
@@ -151,7 +148,7 @@ class Learning:
         norms = read_norms([*values, *roundings.values()])
         for name, error in zip(roundings, norms[len(values) :], strict=True):
             if ALLOWED_ROUNDING < error < math.inf:  # a larger one is of numbers that are not finite
-                self._health.note(name, health.ROUNDING)
+                self._health.note(name, ROUNDING)
         flags = iter(find_finite(values, norms[: len(values)]))
         learned = []
         for name, new in news.items():
@@ -160,7 +157,7 @@ class Learning:
                 memories[name] = new
                 learned.append(name)
             else:
-                self._health.note(name, health.NON_FINITE)
+                self._health.note(name, NON_FINITE)
         return learned
 
     def refresh(self, names: Collection[str], memories: dict[str, State], replicas: Replicas) -> None:

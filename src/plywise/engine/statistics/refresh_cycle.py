@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from plywise.engine.processes.replicas import deal_out
+
 FIRST_CYCLES = 2
 """Cycles before they become longer."""
 
@@ -46,8 +48,4 @@ def choose_phases(
     load = [0.0] * length
     for phase, cost in others.values():
         load[phase % length] += cost
-    phases = {}
-    for name, cost in sorted(costs.items(), key=lambda item: -item[1]):
-        phases[name] = load.index(min(load))
-        load[phases[name]] += cost
-    return phases
+    return deal_out(costs, load)

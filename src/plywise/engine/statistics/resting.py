@@ -42,7 +42,7 @@ class RestingLayers:
         self.layers = layers
         self._frozen = [layer for layer in known if not layer.entry.trains and not layer.gone]
         self._marks = {layer.name: (layer.entry, *mark) for layer, mark in zip(layers, marks, strict=True)}
-        self._signs = [(layer, _sign(layer)) for layer in known]
+        self._signatures = [(layer, _make_signature(layer)) for layer in known]
         self.states = {layer.name: state for layer, state in zip(layers, states, strict=True)}
         self.memories = {name: state.tensors for name, state in self.states.items()}
 
@@ -53,8 +53,8 @@ class RestingLayers:
             own = kept.get(entry.parameter())
             if not own or own.get(key) is not tensor or entry.left or entry.excluded:
                 return False
-        for layer, sign in self._signs:  # noqa: SIM110 - in each step, twice
-            if _sign(layer) != sign:
+        for layer, signature in self._signatures:  # noqa: SIM110 - in each step, twice
+            if _make_signature(layer) != signature:
                 return False
         return True
 
@@ -240,7 +240,7 @@ class Resting:
         return is_new and not layer.gone and not layer.entry.why_left
 
 
-def _sign(layer: LayerHandle) -> tuple[object, ...]:
+def _make_signature(layer: LayerHandle) -> tuple[object, ...]:
     """Return what the statistics of a layer depend on."""
     weight = layer.entry.parameter()
     if weight is None:

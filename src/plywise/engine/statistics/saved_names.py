@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from plywise._util.optimizers import list_parameters
 from plywise.engine.sites import ParameterEntry
 from plywise.errors import StateError
 
@@ -30,8 +31,7 @@ Indices = Mapping[Tensor, Any]
 def find_indices(optimizer: Optimizer, state: dict[str, Any]) -> dict[Tensor, Any]:
     """Return what stands for each parameter in a state dict: a number, or a name."""
     saved = chain.from_iterable(group["params"] for group in state["param_groups"])
-    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    return dict(zip(parameters, saved, strict=False))
+    return dict(zip(list_parameters(optimizer), saved, strict=False))
 
 
 def find_mark(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _find_names(indices: Indices, entries: Iterable[ParameterEntry]) -> dict[Any
 
 
 def check_keys(parameter: Tensor, name: str, keys: Mapping[str, Any]) -> None:
-    """Raise StateError if a parameter's statistics are no numbers."""
+    """Raise StateError if a parameter's statistics are not numbers."""
     for key, value in keys.items():
         if key.rpartition(".")[2] in NUMBERS:
             check_number(name, key, value)

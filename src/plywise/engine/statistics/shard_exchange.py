@@ -17,7 +17,7 @@ from plywise.engine.contract import State, StatefulContract
 from plywise.engine.processes.replicas import Replicas, deal_out
 from plywise.engine.sharding import find_local
 from plywise.engine.sites import ParameterEntry
-from plywise.engine.statistics.layer_handle import LayerHandle
+from plywise.engine.statistics.layer_handle import LayerHandle, find_trained
 from plywise.errors import AttachError
 
 Memories = dict[str, State]
@@ -164,7 +164,7 @@ def gather_whole(
         This process's share of the layers; their ``stand_ins`` are the whole tensors, which may be changed.
     """
     owner = _find_owners(layers, replicas)
-    parameters = {id(p): p for layer in layers for p in layer.trained}
+    parameters = find_trained(layers)
     owners = {id(p): owner[layer.name] for layer in layers for p in layer.trained}
     group = cast(Any, layers[0].entry.sharding).group
     shards = [find_shard(parameter) for parameter in parameters.values()]
@@ -201,7 +201,7 @@ def _find_owners(layers: list[LayerHandle], replicas: Replicas) -> dict[str, int
         shape = layer.shape
         cost = float(shape.groups) * shape.outputs * shape.columns * (shape.outputs + shape.columns)
         costs[first[layer.name]] = costs.get(first[layer.name], 0.0) + cost
-    rank = deal_out(costs, replicas.size)
+    rank = deal_out(costs, [0.0] * replicas.size)
     return {layer.name: rank[first[layer.name]] for layer in layers}
 
 

@@ -142,7 +142,7 @@ def arrange(
         if max(update.weight.numel(), *(size.numel() for size in sizes.values())) > LARGEST_STACKED:
             large.append(place)
         else:
-            key = sign(update), groups[place], tuple(sizes.items())
+            key = make_signature(update), groups[place], tuple(sizes.items())
             small.setdefault(key, []).append(place)
     by_device: dict[torch.device, list[Stack]] = {}
     for places in small.values():
@@ -151,7 +151,7 @@ def arrange(
     return list(by_device.values()), large
 
 
-def sign(update: Update) -> tuple[object, ...]:
+def make_signature(update: Update) -> tuple[object, ...]:
     """Return what must be equal for two updates to be stacked."""
     weight = update.weight
     assert weight is not None

@@ -306,7 +306,7 @@ def _is_loaded_stateless(optimizer: Optimizer) -> bool:
     """Return whether plain SGD, which has no state, has been loaded: the order of its options shows it.
 
     torch puts "params" behind all options when it makes a state dict, and before them in a new optimizer.
-    (accelerate's wrapper, which loads the state that an optimizer has already, is no SGD.)
+    (accelerate's wrapper, which loads the state that an optimizer has already, is not SGD.)
     """
     groups = optimizer.param_groups
     if not isinstance(optimizer, SGD) or optimizer.state or any(group["momentum"] for group in groups):

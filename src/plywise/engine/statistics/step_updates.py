@@ -11,14 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from plywise.engine import health
 from plywise.engine.call import Update
 from plywise.engine.contract import State, StatefulContract
 from plywise.engine.finite import is_precise, measure_norms
-from plywise.engine.health import Health
+from plywise.engine.health import IDENTITY, ROUNDING, Health
 from plywise.engine.statistics.layer_handle import LayerHandle
 from plywise.engine.statistics.learning import ALLOWED_ROUNDING
-from plywise.engine.statistics.stacks import Scratch, Stack, StackedState, arrange, list_parts, sign
+from plywise.engine.statistics.stacks import Scratch, Stack, StackedState, arrange, list_parts, make_signature
 
 SHORTEST_SUM, LONGEST_SUM = 16, 512
 """Sums so long round gradients, and products with them, by up to ``√length u ‖G‖``.
@@ -39,13 +38,13 @@ class StepUpdates:
 
     Args:
         rule: the rule.
-        health_: where updates that are not finite are counted.
+        health: where updates that are not finite are counted.
     """
 
-    def __init__(self, rule: StatefulContract, health_: Health) -> None:
+    def __init__(self, rule: StatefulContract, health: Health) -> None:
         self._rule = rule
         self._scratch = Scratch()
-        self._health = health_
+        self._health = health
         self._layers: list[LayerHandle] = []
         # weakly: a parameter's hooks own the attachment, and torch hides that from the garbage collector
         self._parameters: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor] | None, object]] = []
@@ -84,7 +83,7 @@ class StepUpdates:
             if parts[0] is None or (bias is not None and parts[1] is None):
                 return None
             gradient = Update(*parts)
-            if sign(gradient) != signature:
+            if make_signature(gradient) != signature:
                 return None
             gradients.append(gradient)
         return gradients
@@ -101,7 +100,7 @@ class StepUpdates:
             (
                 weakref.ref(layer.weight),
                 None if layer.bias is None else weakref.ref(layer.bias),
-                sign(gradient),
+                make_signature(gradient),
             )
             for layer, gradient in zip(layers, gradients, strict=True)
         ]
@@ -165,7 +164,7 @@ class StepUpdates:
         targets, sources = [], []
         for layer, gradient, (view, new, norm) in zip(layers, gradients, made, strict=True):
             if not _can_hold(gradient, view, norm):
-                self._health.note(layer.name, health.IDENTITY)
+                self._health.note(layer.name, IDENTITY)
                 continue
             if new:
                 memories[layer.name] = {**memories[layer.name], **new}
@@ -229,7 +228,7 @@ class StepUpdates:
                 if halves := _find_half_precision(gradients[place], layers[place]):
                     lost, allowed = _bound_rounding_to_half(gradients[place], halves, sizes[i])
                 if norms[i] and allowed < lost * amplification / norms[i] < math.inf:
-                    self._health.note(layers[place].name, health.ROUNDING)
+                    self._health.note(layers[place].name, ROUNDING)
             start += len(stack.places)
 
     def _copy_into(self, stacks: list[Stack], moved: list[Tensor], scales: Tensor | None) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch.optim import Optimizer
 
+from plywise._util.optimizers import list_parameters
 from plywise.engine.processes.training_processes import TrainingProcesses
 from plywise.engine.sharding import is_any_nonzero
 from plywise.engine.sites import ParameterEntry
@@ -54,7 +55,7 @@ class TakingPart:
         What has been learned of weights that are left to the optimizer by now is dropped, and so is the
         evidence of gradients that are not there any more.
         """
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        stepped = set(map(id, list_parameters(optimizer)))
         layers = []
         for layer in self._known.list_in_order():
             if layer.gone or layer.entry.excluded:

@@ -4,14 +4,12 @@ A module is opened only if its inside is a part of the chain: a residual block s
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from torch import Tensor, fx, nn
 
-from plywise.local.cutting.spine import SpineBlock, SpineUnit
 from plywise.local.cutting.tracing import FLAG, ChainTracer, StaysWholeError, TrainingFlag, trace
 
 
@@ -30,6 +28,32 @@ class Piece:
     source: fx.Node
     result: fx.Node
     crossing: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name of its beginning for messages."""
+        return label(self.nodes[0])
+
+    def __add__(self, following: "Piece") -> "Piece":
+        """Join it with the piece that follows."""
+        return Piece(self.nodes + following.nodes, self.source, following.result)
+
+    def name_parameters(self, model: nn.Module) -> set[str]:
+        """The parameters and buffers that it uses, by the names that they have in the model."""
+        return {name for name, _ in collect_tensors(model, self.nodes)}
+
+    def assemble(self, model: nn.Module) -> nn.Module:
+        """Make a module that does what the piece does, on the model's own modules.
+
+        Its parameters have the names that they have in the model. Where modules follow one another it is an
+        `nn.Sequential`, of more of them where they are nested; else a `torch.fx.GraphModule`.
+        """
+        block = _sequential(model, self) or _graph_module(model, self)
+        theirs = set(model.modules())
+        for part in block.modules():
+            if part not in theirs:
+                part.training = model.training
+        return block
 
 
 def read_chain(model: nn.Module) -> tuple[list[Piece], list[str]]:
@@ -80,25 +104,6 @@ def cut_pieces(graph: fx.Graph) -> list[Piece]:
     return pieces
 
 
-def join(pieces: Sequence[Any]) -> Any:
-    """Some pieces, or units of a spine, in a row as one."""
-    if isinstance(pieces[0], SpineUnit):
-        return SpineUnit(pieces[0].spine, pieces[0].start, pieces[-1].stop)
-    return Piece(tuple(node for p in pieces for node in p.nodes), pieces[0].source, pieces[-1].result)
-
-
-def label_unit(unit: Piece | SpineUnit) -> str:
-    """Return the name of a unit's beginning for messages."""
-    return unit.label if isinstance(unit, SpineUnit) else label(unit.nodes[0])
-
-
-def name_parameters(model: nn.Module, unit: Piece | SpineUnit) -> set[str]:
-    """The parameters and buffers that a unit uses, by the names that they have in the model."""
-    if isinstance(unit, SpineUnit):
-        return unit.parameter_names(model)
-    return {name for name, _ in collect_tensors(model, unit.nodes)}
-
-
 def label(node: fx.Node) -> str:
     """Return the name of an operation for messages: the module's path, or the name of the function."""
     if node.op == "placeholder":
@@ -122,24 +127,6 @@ def collect_tensors(model: nn.Module, nodes: Iterable[fx.Node]) -> Iterator[tupl
 def learns(model: nn.Module, nodes: Iterable[fx.Node]) -> bool:
     """Whether some operations have parameters."""
     return any(isinstance(tensor, nn.Parameter) for _, tensor in collect_tensors(model, nodes))
-
-
-def assemble(model: nn.Module, piece: Piece | SpineUnit) -> nn.Module:
-    """A module that does what a piece, or a unit of a spine, does, on the model's own modules.
-
-    Its parameters have the names that they have in the model. Where modules follow one another it is an
-    `nn.Sequential`, of more of them where they are nested; else a `torch.fx.GraphModule`.
-    """
-    if isinstance(piece, SpineUnit):
-        block: nn.Module = SpineBlock(model, piece)
-        block.training = model.training
-        return block
-    block = _sequential(model, piece) or _graph_module(model, piece)
-    theirs = set(model.modules())
-    for part in block.modules():
-        if part not in theirs:
-            part.training = model.training
-    return block
 
 
 def _survey(module: nn.Module, path: str, reasons: list[str]) -> tuple[int, set[nn.Module]]:

@@ -39,7 +39,7 @@ class Spine:
     after: frozenset[str]
     widths: tuple[int, ...]
 
-    def parameter_names(self, model: nn.Module, unit: int) -> set[str]:
+    def name_parameters(self, model: nn.Module, unit: int) -> set[str]:
         """The parameters of a unit: what is before the layers, a layer, or what is after them."""
         if unit == 0:
             return set(self.before)
@@ -57,15 +57,25 @@ class SpineUnit:
     start: int
     stop: int
 
-    def parameter_names(self, model: nn.Module) -> set[str]:
-        """The parameters in it."""
-        return set().union(*(self.spine.parameter_names(model, i) for i in range(self.start, self.stop)))
-
     @property
     def label(self) -> str:
         """Its name in messages: the path of its first layer."""
         names = self.spine.names
         return repr(f"{self.spine.path}.{names[min(max(self.start - 1, 0), len(names) - 1)]}")
+
+    def __add__(self, following: "SpineUnit") -> "SpineUnit":
+        """Join it with the unit that follows."""
+        return SpineUnit(self.spine, self.start, following.stop)
+
+    def name_parameters(self, model: nn.Module) -> set[str]:
+        """The parameters in it, by the names that they have in the model."""
+        return set().union(*(self.spine.name_parameters(model, i) for i in range(self.start, self.stop)))
+
+    def assemble(self, model: nn.Module) -> nn.Module:
+        """Make a module that does what the unit does, on the model's own modules."""
+        block = SpineBlock(model, self)
+        block.training = model.training
+        return block
 
 
 class _LeftEarlyError(Exception):
@@ -149,7 +159,7 @@ class SpineBlock(nn.Module):
     def __init__(self, model: nn.Module, unit: SpineUnit) -> None:
         super().__init__()
         self.__dict__["_model"], self.__dict__["_unit"] = model, unit
-        _register(self, model, unit.parameter_names(model))
+        _register(self, model, unit.name_parameters(model))
         layers = model.get_submodule(unit.spine.path).children()
         known = {*self.modules(), *(module for layer in layers for module in layer.modules())}
         self.__dict__["_around"] = [module for module in model.modules() if module not in known]
@@ -288,9 +298,9 @@ class _Calls:
         self._handles = []
         for number, layer in enumerate(row.children()):
             self._count += 1
-            self._handles.append(layer.register_forward_hook(self._hear(number), with_kwargs=True))
+            self._handles.append(layer.register_forward_hook(self._make_hook(number), with_kwargs=True))
 
-    def _hear(self, number: int) -> Any:
+    def _make_hook(self, number: int) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self._called.append(number)
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -355,9 +365,9 @@ def list_units(model: nn.Module, spine: Spine) -> list[SpineUnit]:
     start = 0
     for stop in range(1, len(spine.names) + 3):
         unit = SpineUnit(spine, start, stop)
-        if not unit.parameter_names(model):
+        if not unit.name_parameters(model):
             if units:
-                units[-1] = SpineUnit(spine, units[-1].start, stop)
+                units[-1] += unit
                 start = stop
             continue
         units.append(unit)

@@ -1,8 +1,11 @@
 """Finds the smallest units that blocks can be made of, and tries them on an example."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from itertools import pairwise
+from operator import add
 from typing import Any
 
 import torch
@@ -12,14 +15,17 @@ from plywise._util.modes import evaluating
 from plywise.data.batches import TARGETS, Batch, clone_batch, list_tensors
 from plywise.data.models import call_model, find_scores
 from plywise.errors import BlockError
-from plywise.local.cutting.chain import Piece, assemble, collect_tensors, join, label, learns, read_chain
-from plywise.local.cutting.spine import find_spine, list_units
+from plywise.local.cutting.chain import Piece, collect_tensors, label, learns, read_chain
+from plywise.local.cutting.spine import SpineUnit, find_spine, list_units
 from plywise.local.cutting.tracing import StaysWholeError
+
+Unit = Piece | SpineUnit
+"""What blocks are made of: of a trace, or of layers that are called in a loop."""
 
 ADVICE = "pass blocks of your own: Blocks([...], example)"
 
 
-def find_units(model: nn.Module, example: Batch) -> tuple[list[Any], list[str]]:
+def find_units(model: nn.Module, example: Batch) -> tuple[Sequence[Unit], list[str]]:
     """The units of a model, each with a parameter. The model stays as it is.
 
     They come from a trace by torch.fx, or are the layers that its forward calls in a loop, whichever are
@@ -35,7 +41,7 @@ def find_units(model: nn.Module, example: Batch) -> tuple[list[Any], list[str]]:
     Raises:
         BlockError: see `plywise.split`.
     """
-    traced: tuple[list[Any], list[str]] = [], []
+    traced: tuple[Sequence[Unit], list[str]] = [], []
     untraced = ""
     if isinstance(example, Tensor):
         try:
@@ -50,17 +56,20 @@ def find_units(model: nn.Module, example: Batch) -> tuple[list[Any], list[str]]:
         if isinstance(example, Tensor) and not untraced:
             return traced
         why = f"{untraced}and as to a loop over its layers, {error}" if untraced else str(error)
-        raise BlockError(
-            f"{type(model).__name__} does not come apart: {why}. Mend that, or {ADVICE}."
-        ) from error
+        raise BlockError(f"{type(model).__name__} cannot be cut: {why}. Fix that, or {ADVICE}.") from error
     return looped if len(looped[0]) > len(traced[0]) else traced
+
+
+def join_units(units: Sequence[Unit], starts: Sequence[int]) -> list[Unit]:
+    """Join units that follow one another, from each of these places to the next."""
+    return [reduce(add, units[start:stop]) for start, stop in pairwise([*starts, len(units)])]
 
 
 def _has_longer_row(model: nn.Module, count: int) -> bool:
     return any(isinstance(m, nn.ModuleList) and len(m) >= count for m in model.modules())
 
 
-def _loop_units(model: nn.Module, example: Batch) -> tuple[list[Any], list[str]]:
+def _loop_units(model: nn.Module, example: Batch) -> tuple[Sequence[Unit], list[str]]:
     """The layers that a model's forward calls in a loop, tried on an example.
 
     Raises:
@@ -79,7 +88,7 @@ def _loop_units(model: nn.Module, example: Batch) -> tuple[list[Any], list[str]]
         expected = find_scores(call_model(model, clone_batch(example), TARGETS))
         s = list_tensors(example)[0]
         for unit in units:
-            s = assemble(model, unit)(s, clone_batch(example))
+            s = unit.assemble(model)(s, clone_batch(example))
     if not isinstance(expected, Tensor) or s.shape != expected.shape:
         raise StaysWholeError("it returns no scores, one tensor")
     if not torch.allclose(s, expected, 1e-3, 1e-5, equal_nan=True):
@@ -87,7 +96,7 @@ def _loop_units(model: nn.Module, example: Batch) -> tuple[list[Any], list[str]]
     return units, []
 
 
-def _trace_units(model: nn.Module, example: Tensor) -> tuple[list[Any], list[str]]:
+def _trace_units(model: nn.Module, example: Tensor) -> tuple[Sequence[Unit], list[str]]:
     """What a trace by torch.fx shows.
 
     Raises:
@@ -96,17 +105,17 @@ def _trace_units(model: nn.Module, example: Tensor) -> tuple[list[Any], list[str
     """
     pieces, reasons = read_chain(model)
     kept = {**_find_unsound(model, pieces, example), **_find_tied(model, pieces)}
-    together: list[list[Piece]] = []
+    together: list[Piece] = []
     for number, piece in enumerate(pieces):
         if number - 1 in kept:
-            together[-1].append(piece)
+            together[-1] += piece
         else:
-            together.append([piece])
+            together.append(piece)
     kept = {cut: reason for cut, reason in kept.items() if learns(model, pieces[cut + 1].nodes)}
     units: list[Piece] = []
-    for unit in map(join, together):
+    for unit in together:
         if units and not (learns(model, unit.nodes) and learns(model, units[-1].nodes)):
-            units[-1] = join([units[-1], unit])  # what has no parameters belongs to what comes before
+            units[-1] += unit  # what has no parameters belongs to what comes before
         else:
             units.append(unit)
     return units, list(dict.fromkeys([*reasons, *kept.values()]))
@@ -122,7 +131,7 @@ def copy_of(model: nn.Module) -> nn.Module:
         copied = copy.deepcopy(model)
     except Exception as error:
         raise BlockError(
-            f"{type(model).__name__} cannot be copied, and costs are measured on a copy: {error}. Mend that, "
+            f"{type(model).__name__} cannot be copied, and costs are measured on a copy: {error}. Fix that, "
             f"or {ADVICE}."
         ) from error
     copied.zero_grad()
@@ -157,7 +166,7 @@ def _find_unsound(model: nn.Module, pieces: list[Piece], example: Tensor) -> dic
         BlockError: the model fails, or the pieces do not do what it does.
     """
     reference, rehearsal = copy_of(model), copy_of(model)
-    parts = [assemble(rehearsal, piece) for piece in pieces]
+    parts = [piece.assemble(rehearsal) for piece in pieces]
     cuts: dict[int, str] = {}
     for training in (True, False):
         for part in (reference, *parts):
@@ -170,7 +179,7 @@ def _find_unsound(model: nn.Module, pieces: list[Piece], example: Tensor) -> dic
         if not is_alike or not torch.allclose(found, expected, 1e-3, 1e-5, equal_nan=True):
             raise BlockError(
                 f"{type(model).__name__} does not do what torch.fx traced: its forward depends on more "
-                f"than its input's values (a type, a clock, Python's random numbers). Mend that, or {ADVICE}."
+                f"than its input's values (a type, a clock, Python's random numbers). Fix that, or {ADVICE}."
             )
     return {cut: reason for cut, reason in cuts.items() if cut < len(pieces) - 1}
 
@@ -184,7 +193,7 @@ def _run_whole(model: nn.Module, example: Tensor) -> Tensor:
         mode = "train" if model.training else "eval"
         raise BlockError(f"{type(model).__name__} fails on the example in {mode} mode: {error}.") from error
     if fault := _fault(output, len(example)):
-        raise BlockError(f"{type(model).__name__} hands on {fault}. Mend that, or {ADVICE}.")
+        raise BlockError(f"{type(model).__name__} hands on {fault}. Fix that, or {ADVICE}.")
     return output
 
 
