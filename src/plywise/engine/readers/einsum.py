@@ -81,6 +81,19 @@ def read_einsum(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
     return func(*args, **kwargs)
 
 
+def _read_sizes(*named: tuple[str, torch.Size]) -> dict[str, int] | None:
+    """Return the size of each letter.
+
+    None if torch will say what is wrong, or if einsum repeats an axis of size 1: then there is no product
+    with the weight as it is.
+    """
+    if any(len(letters) != len(shape) for letters, shape in named):
+        return None
+    pairs = [pair for letters, shape in named for pair in zip(letters, shape, strict=True)]
+    sizes = dict(pairs)
+    return sizes if all(sizes[letter] == size for letter, size in pairs) else None
+
+
 def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) -> Tensor | None:
     weight, x = operands[place], operands[1 - place]
     equation = spell_out(equation, tuple(operand.dim() for operand in operands))
@@ -90,12 +103,9 @@ def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) 
     experts, inputs, outputs, rows = axes
     terms, out = equation.partition("->")[0].split(","), equation.partition("->")[2]
     of_weight, of_x = terms[place], terms[1 - place]
-    if (len(of_weight), len(of_x)) != (weight.dim(), x.dim()):
-        return None  # torch says what is wrong
-    named = [*zip(of_x, x.shape, strict=True), *zip(of_weight, weight.shape, strict=True)]
-    sizes = dict(named)
-    if any(sizes[letter] != size for letter, size in named):
-        return None  # einsum repeats an axis of size 1: no product with the weight as it is
+    sizes = _read_sizes((of_weight, weight.shape), (of_x, x.shape))
+    if sizes is None:
+        return None
     order = tuple(of_weight.index(c) for c in experts + outputs + inputs)
     map_: LinearMap = TAPPED_PRODUCT
     layout = make_permuted_layout(order, len(experts) + len(outputs))
