@@ -1,6 +1,5 @@
 """Runs a training by its plan, in one or several processes, and resumes it after interruptions."""
 
-import hashlib
 import math
 import signal
 import threading
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from plywise._util.extras import TENSORBOARD, import_extra
 from plywise._util.file_errors import explaining_files
+from plywise._util.seeded import make_seed
 from plywise.data.batches import Batch, count_samples, take_samples
 from plywise.data.models import NAN_HINT
 from plywise.data.own_data import explaining
@@ -348,8 +348,7 @@ def permutation(seed: int, epoch: int, samples: int) -> Tensor:
         >>> permutation(0, 0, 5).sort().values
         tensor([0, 1, 2, 3, 4])
     """
-    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    generator = torch.Generator().manual_seed(make_seed(f"{seed}/{epoch}"))
     return torch.randperm(samples, generator=generator)
 
 

@@ -6,7 +6,6 @@ that the name is enough to make the same workload on another machine. Targets co
 same bench.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -15,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from plywise._util.seeded import make_seed
 from plywise.arena.task import CLASSIFICATION, REGRESSION, Task
 from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import conv_net, mlp
@@ -36,8 +36,7 @@ class Draws:
     """
 
     def __init__(self, kind: str, seed: int) -> None:
-        digest = hashlib.blake2b(f"{kind} {seed}".encode(), digest_size=7).digest()
-        self.generator = torch.Generator().manual_seed(int.from_bytes(digest))
+        self.generator = torch.Generator().manual_seed(make_seed(f"{kind} {seed}", 7))
 
     def normal(self, *shape: int) -> Tensor:
         """Normal numbers in float64."""
