@@ -107,6 +107,12 @@ def test_a_rule_that_keeps_its_promises(capsys: pytest.CaptureFixture[str]) -> N
     assert str(result).startswith(f"DiagonalNewton: {result.passed} passed, 0 failed, 0 left out")
 
 
+@pytest.mark.parametrize("rule", [pw.Foof, pw.Coordinates])
+def test_a_rule_that_seldom_gathers(rule: type[pw.Rule]) -> None:
+    # as it is by default; the registry's own gathers in every second step
+    assert check_rule(rule, only=["memory_batches"]).passed > 30
+
+
 def test_a_rule_that_breaks_one() -> None:
     with pytest.raises(pw.ContractError, match=r"Undamped breaks \d+ of the contract's tests") as caught:
         check_rule(Undamped, only=["scales"])

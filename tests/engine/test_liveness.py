@@ -282,6 +282,43 @@ def test_a_weight_that_is_also_used_outside_of_the_models_forward_is_said_once(n
     assert "also used by code outside of the model's forward" in row.reason
 
 
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("begin", [4, 9, 26])
+def test_a_penalty_that_begins_later_is_said_once(name: str, begin: int) -> None:
+    model = net()
+    optimizer = sgd(model)
+    rule = RULES[name]().attach(model, optimizer)
+    said = []
+    for step in range(1, 2 * begin + 1):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.zero_grad()
+            loss = model(X).square().mean()
+            if step >= begin:
+                loss = loss + model[0].weight.square().sum()
+            loss.backward()
+            optimizer.step()
+        said += [(step >= begin, str(warning.message)) for warning in caught]
+    assert [late and "a part of the gradient of '0.weight'" in text for late, text in said] == [True]
+    rule.detach()
+    assert all(not p._backward_hooks and not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_few_gradients_of_a_long_run_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+
+    def compare(*_: Tensor) -> bool:
+        compared.append(step)
+        return False
+
+    monkeypatch.setattr("plywise.engine.outside_uses._has_more", compare)
+    model = nn.Linear(3, 2)
+    pw.Backprop().attach(model)
+    for step in range(1, 400):  # noqa: B007 - compare() reads it
+        model(torch.ones(2, 3)).sum().backward()
+    assert compared == [1, 2, 3, 5, 8, 13, 20, 31, 47, 71, 107, 161, 242, 364]
+
+
 def test_whole_gradients_and_hooks_of_the_user_are_no_use_from_outside() -> None:
     model = net()
     optimizer = sgd(model)
@@ -290,6 +327,22 @@ def test_whole_gradients_and_hooks_of_the_user_are_no_use_from_outside() -> None
     for _ in range(4):
         optimizer.zero_grad()
         (model(X).square().mean() + model(-X).square().mean()).backward()  # two answers, one gradient
+        optimizer.step()
+    assert not rule.health.counts
+
+
+def test_a_mapped_second_derivative_is_no_use_from_outside() -> None:
+    """The exact trace of a Jacobian, as continuous flows train on it."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = sgd(model)
+    rule = pw.ProxProp().attach(model, optimizer)
+    basis = torch.eye(3).unsqueeze(1).expand(3, 5, 3)
+    for _ in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(5, 3, requires_grad=True)
+        output = model(x)
+        (rows,) = torch.autograd.grad(output, x, basis, create_graph=True, is_grads_batched=True)
+        (output.square().sum() + torch.einsum("ini", rows).sum()).backward()
         optimizer.step()
     assert not rule.health.counts
 

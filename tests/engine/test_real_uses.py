@@ -73,6 +73,35 @@ def test_other_expanded_weights_are_left_to_autograd() -> None:
     assert "expanded view" in next(row for row in rule.explain().rows if "w" in row.keys).reason
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (7, 3, 5), (2, 7, 3, 5)])
+def test_an_ellipsis_of_both_operands_names_experts(shape: tuple[int, ...]) -> None:
+    named = {2: "ei,eoi->eo", 3: "nei,eoi->neo", 4: "mnei,eoi->mneo"}[len(shape)]
+    x, gradients = draw(*shape).double(), []
+    for equation in (named, "...i,...oi->...o", "... i, ... o i"):
+        torch.manual_seed(0)
+        model = Net(lambda s, x, e=equation: torch.einsum(e, x, s.w), w=(3, 4, 5)).double()
+        model.w.data.copy_(torch.linspace(-1, 1, 60).view(3, 4, 5))
+        rule = pw.ProxProp().attach(model)
+        model(x).square().mean().backward()
+        assert rule.explain().share == 1
+        gradients.append(model.w.grad)
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("equation", ["bi,oi->bo", "bi,eoi->beo", "...bin,oi->bo", "bi->b"])
+def test_a_wrong_einsum_is_refused_in_torchs_words(equation: str) -> None:
+    def raise_error() -> str:
+        with pytest.raises(RuntimeError) as caught:
+            model(draw(2, 7, 5))
+        return str(caught.value)
+
+    model = Net(lambda s, x: torch.einsum(equation, x, s.w), w=(4, 5))
+    plain = raise_error()
+    pw.ProxProp().attach(model)
+    assert raise_error() == plain
+
+
 SCALES: dict[str, tuple[Forward, tuple[int, ...], tuple[int, ...]]] = {
     "channels": (lambda s, x: s.w * x, (4, 1, 1), (3, 4, 5, 5)),
     "a view of channels": (lambda s, x: x * s.w.view(1, -1, 1, 1), (4,), (3, 4, 5, 5)),

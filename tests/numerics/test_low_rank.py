@@ -125,6 +125,48 @@ def test_a_warm_start_tracks_a_rotating_gram_in_one_sweep():
     assert error(dense(rest), best) > 0.1  # what was tracked did move
 
 
+def apply(root: Tensor | LowRankRoot, gradient: Tensor) -> Tensor:
+    """An update of norm 1, in float64."""
+    update = gradient.double() @ root if isinstance(root, Tensor) else multiply_by_root(gradient, root)
+    return update.double() / update.double().norm()
+
+
+@pytest.mark.parametrize("kind", ["flat", "smooth", "turned"])
+def test_where_rows_exceed_the_rank_little_is_lost_but_what_is_left_out(kind):
+    """Before, the directions of a second batch were found some refreshes later."""
+    torch.manual_seed(0)
+    k, rank, start = 150, 32, None
+    basis = torch.linalg.qr(torch.randn(k, k)).Q
+    gram = torch.zeros(1, k, k)
+    for step in range(12):
+        if kind == "turned" and step == 8:
+            basis = torch.linalg.qr(torch.randn(k, k)).Q
+        rows = torch.randn(25, k) if kind == "flat" else torch.randn(25, k) * torch.logspace(0, -2, k) @ basis
+        gradient = torch.randn(1, 4, 25) @ rows
+        gram = 0.95 * gram + rows.mT @ rows
+        root = compute_low_rank_root(gram, 1, 1.0, "mean", rank, start)
+        start = root.vectors
+        wanted = apply(slow_root(gram, 1, 1.0, "mean"), gradient)
+        lost = (apply(slow_low_rank(gram, 1, 1.0, "mean", rank), gradient) - wanted).norm()
+        assert (apply(root, gradient) - wanted).norm() < 1.6 * lost + 1e-4, step
+
+
+@pytest.mark.parametrize(("damping", "relative", "power"), [(0.1, "mean", 1), (1e-3, "max", 0.5)])
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_fewer_rows_than_the_rank_lose_no_digits(offset, damping, relative, power):
+    torch.manual_seed(0)
+    gram, start = torch.zeros(1, 300, 300), None
+    for _ in range(4):
+        rows = torch.randn(16, 300) + offset
+        gradient = torch.randn(1, 4, 16) @ rows
+        gram = 0.95 * gram + rows.mT @ rows
+        root = compute_low_rank_root(gram, power, damping, relative, 128, start)
+        start = root.vectors
+        wanted = apply(slow_root(gram, power, damping, relative), gradient)
+        wide = LowRankRoot(*(part.double() for part in vars(root).values()))
+        assert (apply(wide, gradient.double()) - wanted).norm() < 5e-5
+
+
 def test_a_start_that_does_not_fit_is_no_start():
     gram = gram_of(spectrum("log-spaced", 20)).float()
     fresh = compute_low_rank_root(gram, 0.5, 1e-2, "mean", 5)

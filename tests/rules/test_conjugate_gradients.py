@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import plywise as pw
 from plywise.engine import health
+from plywise.engine.call import LinearCall, Update
 
 SIZES = [(40, 9), (150, 33), (8, 33), (40, 80)]
 
@@ -72,3 +73,59 @@ def test_inputs_that_are_all_zero_make_no_move_and_no_event(solver: str) -> None
         )
         assert not move.any()
         assert not events
+
+
+@pytest.mark.parametrize("steps", [3, 5, 10])
+@pytest.mark.parametrize("offset", [0.5, 1.0, 10.0])
+def test_rows_with_an_offset_do_not_lose_steps_of_the_iteration(offset: float, steps: int) -> None:
+    # in float32 the direction of the mean, once removed, comes back from rounding and costs a step
+    torch.manual_seed(0)
+    x, delta, layer = torch.randn(256, 900) + offset, torch.randn(256, 200), nn.Linear(900, 200)
+    rule = pw.ProxProp(tau=10.0, solver="cg", cg_steps=steps)
+    move, events = solve(rule, layer, x, delta)
+    expected, _ = solve(rule, layer.double(), x.double(), delta.double())
+    assert relative(move.double(), expected) < 1e-4
+    assert events.keys() <= {health.FLOAT64}
+
+
+def test_many_positions_of_a_convolution_stay_in_float32() -> None:
+    torch.manual_seed(0)
+    x, layer = torch.randn(32, 8, 32, 32).relu(), nn.Conv2d(8, 16, 5, padding=2)
+    delta = torch.randn(32, 16, 32, 32)
+    rule = pw.ProxProp(solver="cg")
+    move, events = solve(rule, layer, x, delta)
+    assert not events
+    expected, _ = solve(rule, layer.double(), x.double(), delta.double())
+    assert relative(move.double(), expected) < 1e-4
+
+
+def test_a_gradient_for_solves_is_added_up_in_short_chains() -> None:
+    # torch adds up all positions of a batch in one chain, whose rounding is about 1e-5 here
+    torch.manual_seed(0)
+    x, layer, delta = torch.randn(200, 3, 32, 32), nn.Conv2d(3, 8, 5, padding=2), torch.randn(200, 8, 32, 32)
+    found = []
+
+    class Keeping(pw.Backprop):
+        def update(self, call: LinearCall) -> Update:
+            found.append(call.precise_gradient(delta).weight)
+            return super().update(call)
+
+    move_of(Keeping(), layer, x, delta)
+    wide = nn.Conv2d(3, 8, 5, padding=2).double()
+    wide(x.double()).backward(delta.double())
+    assert relative(found[0].double(), wide.weight.grad) < 3e-6
+
+
+@SOLVERS
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
+def test_what_a_gram_has_lost_beside_the_bias_is_noticed(solver: str, steps: int, scale: float) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(256, 900) * torch.logspace(0, -4, 900) * scale
+    delta = torch.randn(256, 40) * torch.logspace(0, -6, 40)
+    layer = nn.Linear(900, 40)
+    rule = pw.ProxProp(tau=200.0, solver=solver, cg_steps=steps)
+    move, events = solve(rule, layer, x, delta)
+    expected, _ = solve(rule, layer.double(), x.double(), delta.double())
+    assert events.keys() <= {health.FLOAT64}
+    assert relative(move.double(), expected) < 1e-4

@@ -131,3 +131,24 @@ def test_autocast_rounds_the_call_and_not_the_answer(name: str, dtype: torch.dty
         layer, x, scale = draw_half(seed, dtype)
         error, is_counted = measure_error(name, layer, x, scale, autocast=dtype)
         assert error < 1e-4 or is_counted, (seed, error)
+
+
+OFFSET_CASES = {
+    "conv1d": (nn.Conv1d(8, 6, 7), (40, 8, 60)),
+    "padded": (nn.Conv2d(6, 8, 3, padding=1), (40, 6, 12, 12)),
+    "strided": (nn.Conv2d(6, 8, 3, padding=2, stride=2, dilation=2), (40, 6, 15, 15)),
+    "grouped": (nn.Conv2d(6, 8, 3, padding=1, groups=2), (40, 6, 12, 12)),
+    "conv3d": (nn.Conv3d(3, 4, 3), (20, 3, 8, 8, 8)),
+    "transposed": (nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, groups=2), (40, 6, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("offset", [5.0, 40.0, 300.0])
+@pytest.mark.parametrize("case", OFFSET_CASES)
+@pytest.mark.parametrize("name", RULES)
+def test_an_offset_of_the_input_costs_no_digits(name: str, case: str, offset: float) -> None:
+    torch.manual_seed(0)
+    layer, shape = OFFSET_CASES[case]
+    offsets = offset * torch.randn(shape[1]).reshape(1, -1, *[1] * (len(shape) - 2))
+    error, _ = measure_error(name, layer, torch.randn(shape) + offsets, 1.0)
+    assert error < 1e-4

@@ -63,7 +63,8 @@ def reproduce(
     Args:
         paper: proxprop, associated-learning, back-matching or consequentialism; or module:name of a
             plywise.arena.reproductions.experiment.Paper of your own.
-        size: small; middle, half an hour of a core for a seed (proxprop's table-1); or full: the paper's
+        size: small; middle, half an hour of a core for a seed (proxprop's table-1, associated-learning's
+            cifar10-cnn and cifar10-vgg); or full: the paper's
             network, data and epochs.
         data: the paper's, which are to be fetched, or digits: those that come with plywise, with a network to
             match, in about a minute. Papers with a claim that shows on these: proxprop.

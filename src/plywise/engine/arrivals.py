@@ -13,7 +13,7 @@ from plywise.engine.capture.capture import Capture
 from plywise.engine.capture.table import ParameterTable
 from plywise.engine.contract import RuleContract
 from plywise.engine.explain import BY_NAME
-from plywise.engine.outside_uses import OutsideUses
+from plywise.engine.outside_uses import Comparison, OutsideUses
 from plywise.engine.passes import find_pass, list_arriving
 from plywise.engine.selection import is_handled
 from plywise.engine.sites import TRANSFORM, ParameterEntry
@@ -30,7 +30,7 @@ class Arrivals:
         responder: answers for captured calls.
         on_answered: called with each entry whose gradient was made by the rule.
         on_accumulated: called with the name of each layer whose gradient has arrived.
-        outside: compares gradients with what the rule has answered, in the first passes.
+        outside: compares some gradients with what the rule has answered.
 
     Attributes:
         altered: the backward passes in which the rule sends other values down than gradients.
@@ -53,7 +53,7 @@ class Arrivals:
         self._on_answered = on_answered
         self._on_accumulated = on_accumulated
         self._outside = outside
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | Comparison] = []
         self._watched: dict[int, weakref.ref[Tensor]] = {}
 
     def remove(self) -> None:
@@ -77,9 +77,9 @@ class Arrivals:
             if parameter is None or nn.parameter.is_lazy(parameter) or not parameter.requires_grad:
                 continue
             if parameter.is_leaf and not self.is_watched(parameter):
-                hook: Any = _Arrival(self, entry)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-                self._handles += self._outside.watch(entry, parameter)
+                comparison = self._outside.watch(entry, parameter)
+                hook: Any = _Arrival(self, entry, comparison)
+                self._handles += [parameter.register_post_accumulate_grad_hook(hook), comparison]
                 self._watched[id(parameter)] = weakref.ref(parameter)
 
     def sees(self, entry: ParameterEntry) -> bool:
@@ -163,12 +163,14 @@ class _Arrival:
 
     only_looks = True
 
-    def __init__(self, arrivals: Arrivals, entry: ParameterEntry) -> None:
+    def __init__(self, arrivals: Arrivals, entry: ParameterEntry, comparison: Comparison) -> None:
         self._arrivals = arrivals
         self._entry = entry
+        self._comparison = comparison
 
     @leave_out(WHY_STEPS)
     def __call__(self, parameter: Tensor) -> None:
+        self._comparison.count()
         if self._entry.sharding is not None and parameter is self._entry.parameter():
             self._arrivals.arrive_averaged(self._entry, parameter)
         else:

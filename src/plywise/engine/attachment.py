@@ -14,6 +14,7 @@ from plywise.engine.arrivals import Arrivals
 from plywise.engine.backward_scale import BackwardScale
 from plywise.engine.capture.capture import Capture
 from plywise.engine.capture.table import ParameterTable
+from plywise.engine.clearing import ClearingWatch
 from plywise.engine.clipping import Clipping
 from plywise.engine.contract import RuleContract, State, StatefulContract
 from plywise.engine.explain import Explanation
@@ -89,6 +90,9 @@ class Attachment:
         self._guard: StepGuard | None = None
         self._state: RunningState | None = None
         self._scale: BackwardScale | None = None
+        makes = (rule.remembers and not cast(StatefulContract, rule).turns_steps) or rule.clips_updates()
+        watches = optimizer is not None and makes  # the step leaves an update in .grad
+        self._clearing = ClearingWatch(self.title, self.health) if watches else None
         self._names: dict[int, str] = {}
         self._find_layers(model, layers, exclude)
         try:
@@ -231,6 +235,8 @@ class Attachment:
             self._state.remove()
         if self._scale is not None:
             self._scale.remove()
+        if self._clearing is not None:
+            self._clearing.remove()
 
     def reset(self) -> None:
         """Forget running statistics and counters."""
@@ -264,6 +270,8 @@ class Attachment:
         self._liveness.answers += entry.arrived
         if self._guard is not None and not self._guard.stepping:
             self._liveness.notice_other_optimizer(entry, self._optimizer_steps)
+        if self._clearing is not None:
+            self._clearing.follow(entry)
 
     def _mark_unstepped(self, in_place: bool = False, or_before: bool = False) -> None:
         """Leave alone what the optimizer does not step (`Liveness.mark_unstepped`)."""
@@ -302,6 +310,8 @@ class Attachment:
     def _after_step(self, optimizer: Optimizer) -> None:
         assert self.steps is not None
         self._optimizer_steps += 1
+        if self._clearing is not None:
+            self._clearing.after_step()
         if self._state is not None and not self._state.keep(optimizer):
             return  # a saver's template step, or one of other layers
         self.steps += 1

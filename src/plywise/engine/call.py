@@ -144,6 +144,11 @@ class LinearCall:
         delta = self.delta if delta is None else delta
         return Update(self.weight_gradient(delta), self.bias_gradient(delta))
 
+    def precise_gradient(self, delta: Tensor) -> Update:
+        """Compute `gradient` with less rounding, for solves, in the dtype of ``delta``."""
+        weight = self.map.precise_weight_gradient(self.cast_input(delta.dtype), delta, self.weight)
+        return Update(weight, self.bias_gradient(delta))
+
     def weight_gradient(self, delta: Tensor) -> Tensor:
         """Compute ``ΔᵀA`` in the shape of the weight, in the dtype of ``delta``."""
         return self.map.weight_gradient(self.cast_input(delta.dtype), delta, self.weight)

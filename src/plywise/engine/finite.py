@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plywise.engine.sharding import agree_on_all, find_local
+from plywise.numerics.norms import compute_norms
 
 SMALLEST, LARGEST = 1e-18, 1e18
 """For norms in this range, the squares of a tensor's numbers stay in the range of float32."""
@@ -38,14 +39,14 @@ def measure_norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -
     first = tensors[0]
     is_alike = dtype is None and first.dtype.itemsize >= 4
     if is_alike and all(t.dtype is first.dtype and t.device == first.device for t in tensors):
-        return torch.stack(torch._foreach_norm(list(tensors)))
+        return torch.stack(compute_norms(tensors))
     by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(place)
     norms: dict[int, Tensor] = {}
     for (_, kind), places in by_kind.items():
         wide = dtype or torch.promote_types(kind, torch.float32)
-        found = torch._foreach_norm([tensors[place] for place in places], 2, dtype=wide)
+        found = compute_norms([tensors[place] for place in places], wide)
         norms.update(zip(places, found, strict=True))
     widest = max((norm.dtype for norm in norms.values()), key=lambda kind: kind.itemsize)
     return torch.stack([norms[place].to(tensors[0].device, widest) for place in range(len(tensors))])

@@ -15,6 +15,7 @@ __all__ = [
     "OUTSIDE",
     "ROUNDING",
     "SKIPPED",
+    "UNCLEARED",
     "UNUSED",
     "Health",
 ]
@@ -23,6 +24,7 @@ SKIPPED = "step skipped"
 BUFFERS = "buffer is not finite"
 ALL_WELL = "Everything went the plain way."
 UNUSED = "the rule took no part in a step"
+UNCLEARED = "gradients were not cleared before a step"
 OUTSIDE = "a part of the gradient came from outside of the model's forward"
 
 

@@ -68,7 +68,8 @@ class ParameterEntry:
         rests: whether its calls are left to autograd for now, since the step makes the update.
         arrived: whether a gradient has arrived, while it rests, since the last step.
         sharding: how fully_shard spreads it over processes, or None.
-        compares: whether gradients that arrive are compared with the answers, as in the first passes.
+        compares: whether the next gradient that arrives is compared with the answers.
+        incomparable: whether answers are not all that calls send to it, so that nothing can be compared.
         answer: the last backward pass in which calls of it were answered, and the sum of the answers.
     """
 
@@ -91,17 +92,22 @@ class ParameterEntry:
     sharding: Sharding | None = None
     last: "tuple[LinearMap, Layout, int, Site] | None" = None
     compares: bool = False
+    incomparable: bool = False
     answer: tuple[int, Tensor] | None = None
 
     def add_answer(self, answer: Tensor, weight: Tensor) -> None:
         """Remember what the running backward pass sends to the parameter, if ``weight`` is all of it."""
         if weight is not self.parameter() or answer.shape != weight.shape:
-            self.compares, self.answer = False, None
+            self.stop_comparing()
             return
         task = find_pass()
         if self.answer is not None and self.answer[0] == task:
             answer = self.answer[1] + answer
         self.answer = task, answer
+
+    def stop_comparing(self) -> None:
+        """Compare no gradient with the answers any more."""
+        self.incomparable, self.compares, self.answer = True, False, None
 
     def name_in(self, layer: str) -> str:
         """Return what it is called as the weight of a layer: by the layer's own name, if it is ``weight``."""
@@ -221,6 +227,7 @@ class Site:
         bias_shape: its shape where it is not (outputs,), else None.
         size: sizes of the last call seen in backward.
         rows: shape of its output.
+        dtype: dtype of its output.
         kept: how many rows of the last call counted, and of how many, if a mask left some out; else None.
         passes: backward passes in which the rule has answered.
         answered: the latest of those passes whose gradient has not arrived yet.
@@ -250,6 +257,7 @@ class Site:
         self.bias_shape: torch.Size | None = None
         self.size: Size | None = None
         self.rows: torch.Size | None = None
+        self.dtype: torch.dtype | None = None
         self.kept: tuple[int, int] | None = None
         self.passes = 0
         self.answered = RecentPasses[None]()
@@ -258,7 +266,7 @@ class Site:
 
     def note_call(self, call: LinearCall, kept: tuple[int, int] | None) -> None:
         """Remember the sizes of a call seen in backward, and how many rows of it a mask has kept."""
-        self.kept = kept
+        self.kept, self.dtype = kept, call.delta.dtype
         if self.size is None or (self.rows, self.size.is_topmost) != (call.delta.shape, call.is_topmost):
             self.rows = call.delta.shape
             self.size = Size(call.row_count, call.columns, call.outputs, call.groups, call.is_topmost)

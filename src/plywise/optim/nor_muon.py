@@ -3,10 +3,10 @@
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from plywise.numerics.norms import compute_row_norms
 from plywise.numerics.polar import COEFFICIENTS
 from plywise.optim.muon import Muon
 from plywise.optim.plain import Group
@@ -102,5 +102,5 @@ class NorMuon(Muon):
         squares = stack.state["row_square"]
         squares.lerp_(polar.square().mean(2, keepdim=True), 1 - group["beta2"])
         even = polar / squares.sqrt().add_(ROW_EPS)
-        norms = torch.linalg.vector_norm(even, dim=(1, 2), keepdim=True).clamp_(min=ROW_EPS)
+        norms = compute_row_norms(even.flatten(1)).clamp_(min=ROW_EPS)[:, None, None]
         return even.div_(norms), 0.2 * math.sqrt(polar[0].numel())

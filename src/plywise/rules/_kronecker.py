@@ -324,9 +324,12 @@ def _refuse_underflow(gram: Tensor, call: LinearCall, side: str) -> None:
 def precondition_gradient(
     call: LinearCall, left: Root | None, right: Root | None, scale: Tensor | None = None
 ) -> Update:
-    """``scale · left · G · right``, each product made with the rows where they are fewer than G's."""
-    if scale is not None:
-        call = replace(call, delta=call.delta * scale.to(call.delta.dtype))
+    """``scale · left · G · right``, each product made with the rows where they are fewer than G's.
+
+    Δ is in the dtype of solves: roots would amplify what half precision rounds.
+    """
+    delta = call.delta.to(call.dtype)
+    call = replace(call, delta=delta if scale is None else delta * scale.to(delta.dtype))
     if left is not None and call.row_count < call.columns:
         call, left = (
             replace(call, delta=call.from_delta_rows(multiply_by_root(call.delta_rows(), left))),

@@ -22,9 +22,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from plywise.engine import health
 from plywise.engine.call import LinearCall, Update
 from plywise.engine.finite import is_precise
+from plywise.numerics.events import FLOAT64, IDENTITY
 from plywise.numerics.least_squares import (
     CentredSystem,
     find_power_of_two,
@@ -43,6 +43,9 @@ Centred = Callable[[torch.dtype], tuple[Tensor, Tensor]]
 
 LARGEST_OFFSET = {torch.float32: 1e4, torch.float64: 1e20}
 """The energy of a column's mean over that of the centred column, above which a product loses the latter."""
+
+SMALL_OFFSET = 10.0
+"""The same, up to which a convolution's gradient is computed without centring: 4e-5 off at most."""
 
 MOST_CANCELLED = 20.0
 """How many times as large as an update what its bias is the difference of may be, in float32."""
@@ -87,7 +90,7 @@ def ridge(call: LinearCall, damping: Damping) -> Update:
             return call.gradient()
         update = _expand_with_bias(call, rows, *solved) if dual else _join(call, *solved)
         if dual and solved[0].dtype != torch.float64 and _is_lost(call, update, *rows(call.dtype)):
-            note(health.FLOAT64)
+            note(FLOAT64)
             solved = solve_damped_with_bias(build, damping, torch.float64, note, dual=True)
             update = call.gradient() if solved is None else _expand_with_bias(call, rows, *solved)
         return cast_update(call, update)
@@ -131,7 +134,7 @@ def _build(call: LinearCall, dual: bool, dtype: torch.dtype) -> tuple[Tensor, Te
     """The system without a bias, in a dtype."""
     if dual:
         return call.dual_gram(dtype), call.delta_rows(dtype)
-    return call.gram(dtype), call.matrix(call.gradient(call.delta.to(dtype))).mT
+    return call.gram(dtype), call.matrix(call.precise_gradient(call.delta.to(dtype))).mT
 
 
 def _centre_delta(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -155,7 +158,7 @@ def _choose_dtype(call: LinearCall) -> torch.dtype:
     rows, mean = _centre_rows(call, dtype)
     spread = LARGEST_OFFSET[dtype] * rows.square().sum(1)
     if bool((call.row_count * mean.square() > spread).any()):
-        call.health.note(call.name, health.FLOAT64)
+        call.health.note(call.name, FLOAT64)
         return torch.float64
     return dtype
 
@@ -165,14 +168,15 @@ def _build_centred(call: LinearCall, dtype: torch.dtype) -> tuple[Tensor, Tensor
     if call.map.rows_are_inputs:
         return _multiply_out(call, dtype)
     delta, mean_delta = call.map.centre_delta(call.delta.to(dtype))
-    gram, mean = call.map.centred_gram(call.cast_input(dtype))
+    a = call.cast_input(dtype)
+    gram, mean = call.map.centred_gram(a)
     # the columns of Δ sum to zero, so that the mean of the rows drops out of the product
-    offset = call.row_count * mean.square()
-    if bool((offset > LARGEST_OFFSET[dtype] * gram.diagonal(dim1=1, dim2=2)).any()):
-        if dtype == torch.float64:
-            return _multiply_out(call, dtype)
-        delta = call.map.centre_delta(call.delta.to(torch.float64))[0]
-    gradient = call.weight_gradient(delta).to(dtype)
+    offset, spread = call.row_count * mean.square(), gram.diagonal(dim1=1, dim2=2)
+    if dtype == torch.float64 and bool((offset > LARGEST_OFFSET[dtype] * spread).any()):
+        return _multiply_out(call, dtype)
+    has_offset = bool((offset > SMALL_OFFSET * spread).any())
+    find = call.map.centred_weight_gradient if has_offset else call.map.precise_weight_gradient
+    gradient = find(a, delta, call.weight).to(dtype)
     return gram.to(dtype), call.matrix(Update(gradient, None)).mT, mean.to(dtype), mean_delta
 
 
@@ -240,7 +244,7 @@ def ridge_centred(call: LinearCall, relative: float) -> Update:
     matrix = _solve_centred(call, relative, _choose_dtype(call))
     bias = None if matrix is None else _find_bias(call, matrix)
     if matrix is not None and matrix.dtype != torch.float64 and bias is None:
-        call.health.note(call.name, health.FLOAT64)
+        call.health.note(call.name, FLOAT64)
         matrix = _solve_centred(call, relative, torch.float64)
         bias = None if matrix is None else _find_bias(call, matrix)
     if matrix is None or bias is None:
@@ -310,7 +314,7 @@ def _normalise_scaled(call: LinearCall, relative: float) -> Update:
     weight = small.weight_gradient(scaled) / scale
     bias = call.map.bias_gradient(scaled) / scale / scale if call.has_bias else None
     if not all(bool(torch.isfinite(part).all()) for part in (weight, bias) if part is not None):
-        call.health.note(call.name, health.IDENTITY)  # no float32 is that large
+        call.health.note(call.name, IDENTITY)  # no float32 is that large
         return call.gradient()
     return Update(weight, bias)
 
@@ -388,6 +392,6 @@ def cast_update(call: LinearCall, update: Update) -> Update:
     parts = [None if part is None else part.to(dtype) for part in (update.weight, update.bias)]
     wider = [part for part in (update.weight, update.bias) if part is not None and part.dtype != dtype]
     if wider and not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):
-        call.health.note(call.name, health.IDENTITY)
+        call.health.note(call.name, IDENTITY)
         return call.gradient()
     return Update(*parts)

@@ -167,14 +167,33 @@ def make_rate_update(call: LinearCall, scalar: str) -> Update:
     if rate > FAINT:
         return _make_faint_update(call, scalar, rate)
     factor = _invert(find_curvature(call, scalar)) * rate
+    positions = max(call.row_count // call.samples, 1)
     # the smaller of both is scaled; in half precision Δ times a large factor may be out of range
     if call.delta.numel() < call.weight.numel() and call.delta.dtype == call.dtype:
-        weight = call.weight_gradient(call.delta * factor)
+        bias = call.bias_gradient(call.delta)
+        of_bias = None if bias is None else bias * (rate / positions)
+        return Update(call.weight_gradient(call.delta * factor), of_bias)
+    plain, unit = _compute_gradient(call)
+    return plain.scaled(factor / unit, rate / positions / unit)
+
+
+def _compute_gradient(call: LinearCall) -> tuple[Update, Tensor | float]:
+    """Compute the plain gradient in the dtype of solves, times a power of two, and return that too.
+
+    Products of small numbers are below the range of float16, and sums of large ones above it. So Δ is
+    multiplied by a power of two first.
+    """
+    unit: Tensor | float = 1.0
+    if call.delta.dtype != torch.float16:
+        plain = call.gradient()
     else:
-        weight = call.weight_gradient(call.delta).to(call.dtype) * factor
-    bias = call.bias_gradient(call.delta)
-    positions = max(call.row_count // call.samples, 1)
-    return Update(weight, None if bias is None else bias.to(call.dtype) * (rate / positions))
+        wide = call.delta.to(call.dtype)
+        bound = call.trace().sum().sqrt().clamp_min(1) * torch.linalg.vector_norm(wide)
+        unit = torch.exp2(14 - torch.log2(bound.clamp_min(1e-30)).ceil())
+        plain = call.gradient((wide * unit).to(call.delta.dtype))
+    assert plain.weight is not None
+    bias = None if plain.bias is None else plain.bias.to(call.dtype)
+    return Update(plain.weight.to(call.dtype), bias), unit
 
 
 def _make_faint_update(call: LinearCall, scalar: str, rate: float) -> Update:
@@ -182,10 +201,12 @@ def _make_faint_update(call: LinearCall, scalar: str, rate: float) -> Update:
 
     The cap makes it smaller in any case, so that only its direction matters.
     """
-    weight = call.weight_gradient(call.delta).double() * _invert(find_curvature(call, scalar).double()) * rate
-    bias = call.bias_gradient(call.delta)
+    plain, unit = _compute_gradient(call)
+    assert plain.weight is not None
+    rate /= float(unit)  # beyond float32's range
+    weight = plain.weight.double() * _invert(find_curvature(call, scalar).double()) * rate
     positions = max(call.row_count // call.samples, 1)
-    of_bias = None if bias is None else bias.double() * (rate / positions)
+    of_bias = None if plain.bias is None else plain.bias.double() * (rate / positions)
     parts = [weight] if of_bias is None else [weight, of_bias]
     largest = torch.stack([part.abs().amax() for part in parts]).amax()
     factor = (LARGEST * _invert(largest)).clamp(max=1)

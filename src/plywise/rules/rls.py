@@ -101,7 +101,7 @@ class RLS(StatefulRule):
         if call.memory:
             move = precondition_gradient(call, None, call.memory["inverse"])
         else:
-            move = call.gradient().scaled(1 / self.ridge, 1 / self.ridge)
+            move = call.gradient(call.delta.to(call.dtype)).scaled(1 / self.ridge, 1 / self.ridge)
         if call.waits:
             return move
         _, energy, fit = self._measure(call.memory, self.gather(call.counted or call, 0))

@@ -311,9 +311,9 @@ def _carry_rule(
     of_bias = ctx.site.map.bias_gradient(delta) if wants_bias else None
     if of_bias is not None and ctx.site.bias_shape is not None:
         of_bias = of_bias.reshape(ctx.site.bias_shape)
+    ctx.site.entry.stop_comparing()  # a second derivative is no answer of the rule
     if _is_mapped(delta):
         return of_weight, of_bias
-    ctx.site.entry.compares = False  # a second derivative is not an answer of the rule
     with torch.no_grad():
         update, _ = _ask(ctx, a.detach(), weight.detach(), delta.detach(), wants_weight or wants_bias, False)
         values = _fit(ctx, update, weight, delta, wants_weight, wants_bias)

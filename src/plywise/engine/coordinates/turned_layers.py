@@ -17,6 +17,7 @@ from plywise.engine.coordinates.slots import Slots
 from plywise.engine.finite import is_finite, is_precise
 from plywise.engine.statistics.layer_handle import LayerHandle
 from plywise.engine.statistics.stacks import LARGEST_STACKED, StackedState
+from plywise.numerics.norms import compute_norm, compute_row_norms
 
 ALIGNED = 16
 """Rows of pieces begin at multiples of so many numbers: products take up to twice as long otherwise."""
@@ -104,9 +105,9 @@ class SmallLayers:
         torch._foreach_copy_(self._input_parts, slots.read(parameters))
         self._input.sub_(self._base)
         for stack in self._stacks:
-            torch.linalg.vector_norm(stack.input_rows, dim=1, out=stack.norms[0])
+            stack.norms[0].copy_(compute_row_norms(stack.input_rows))
             stack.turn.turn_back(stack.input, stack.output)
-            torch.linalg.vector_norm(stack.output_rows, dim=1, out=stack.norms[1])
+            stack.norms[1].copy_(compute_row_norms(stack.output_rows))
         before, after = self._norms.tolist()
         if not math.isfinite(sum(after)):
             for i in self._find_failed(math.inf, note):  # such a step is not taken
@@ -327,7 +328,7 @@ def _list_parts(matrices: Tensor, weight: Tensor) -> list[Tensor]:
 
 def measure(tensor: Tensor) -> float:
     """Return the Frobenius norm of a tensor."""
-    norm = float(torch.linalg.vector_norm(tensor))
+    norm = float(compute_norm(tensor))
     return norm if is_precise(norm) else float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 

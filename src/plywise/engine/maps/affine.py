@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from plywise.engine.maps.base import LastAxisMap, LinearMap
+from plywise.numerics.norms import compute_norm
 
 
 @dataclass(frozen=True)
@@ -123,4 +123,4 @@ class Bilinear(LastAxisMap):
 
     def matching_trace(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """Compute ``‖W‖²_F / d``, d of the products."""
-        return torch.linalg.vector_norm(weight).square() / max(math.prod(weight.shape[1:]), 1)
+        return compute_norm(weight).square() / max(math.prod(weight.shape[1:]), 1)

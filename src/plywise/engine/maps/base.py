@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from plywise.numerics.norms import compute_norm
 from plywise.numerics.products import centre_rows, compute_lower_product
 
 
@@ -42,6 +43,9 @@ class LinearMap(ABC):
 
     rounds_rows: ClassVar[bool] = False
     """Whether A is computed from the input with rounding, so that the input in float64 gives a better A."""
+
+    longest_chain: ClassVar[int] = 512
+    """Products that `precise_weight_gradient` adds up one after another: the blocks of a matrix product."""
 
     groups: int
     """Number of independent linear maps side by side, as in a grouped convolution; 1 for most maps."""
@@ -76,6 +80,10 @@ class LinearMap(ABC):
         rows = self.rows(self.cast(a, delta.dtype))
         return (self.delta_rows(delta).mT @ rows).reshape(weight.shape)
 
+    def precise_weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """Compute ``ΔᵀA`` in chains of at most `longest_chain` sums, for solves, which multiply rounding."""
+        return self.weight_gradient(a, delta, weight)
+
     def input_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """Compute ``ΔW`` in the shape of ``a``, for maps that send it below themselves.
 
@@ -83,6 +91,14 @@ class LinearMap(ABC):
         replace the gradient at its input, only change Δ.
         """
         raise NotImplementedError(f"{type(self).__name__} leaves the gradient at its input to autograd")
+
+    def centred_weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """Compute ``ΔᵀA`` of a Δ whose columns sum to zero, from centred rows.
+
+        An offset of the inputs adds nothing to the product, and here it costs no digits either.
+        """
+        rows, _ = centre_rows(self.rows(a))
+        return (self.delta_rows(delta).mT @ rows).reshape(weight.shape)
 
     def bias_gradient(self, delta: Tensor) -> Tensor:
         """Compute ``Δᵀ1``, (g · m,): the gradient's sum over all rows."""
@@ -152,7 +168,7 @@ class LinearMap(ABC):
         It is the mean factor by which a random vector's squared size changes on its way down; for a
         linear layer ``‖W‖²_F / d``.
         """
-        return torch.linalg.vector_norm(weight).square() / self.width(weight)
+        return compute_norm(weight).square() / self.width(weight)
 
 
 class LastAxisMap(LinearMap):

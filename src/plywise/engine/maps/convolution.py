@@ -7,7 +7,7 @@ the convolution, so autograd sees it. The patch statistics come from `plywise.nu
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,7 @@ from plywise.numerics.patch_gram import (
     sum_patches,
     unfold_patches,
 )
+from plywise.numerics.products import compute_outer_product
 
 CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], int]
@@ -47,6 +48,7 @@ class Convolution(LinearMap):
     groups: int
     kind: ClassVar[str] = "conv"
     sends_below: ClassVar[bool] = True
+    longest_chain: ClassVar[int] = 2**14
 
     @property
     def geometry(self) -> Geometry:
@@ -88,6 +90,34 @@ class Convolution(LinearMap):
     def weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """Compute ``ΔᵀA`` by the backward pass that autograd itself runs."""
         return self._run_backward(a, delta, weight, (False, True, False))[1]
+
+    def precise_weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """Compute it for parts of the batch: torch adds up all positions of a batch in a single chain."""
+        count = max(self.longest_chain // max(math.prod(delta.shape[2:]), 1), 1)
+        if len(a) <= count or delta.dtype == torch.float64 or delta.device.type != "cpu":
+            return self.weight_gradient(a, delta, weight)
+        parts = zip(a.split(count), delta.split(count), strict=True)
+        gradients = [self.weight_gradient(x, d, weight).double() for x, d in parts]
+        return torch.stack(gradients).sum(0).to(delta.dtype)
+
+    def centred_weight_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+        """Compute it by the backward pass of an input whose channels are centred.
+
+        What is left is the gradient for images that are constant in each channel. It comes from the
+        padding, and is the same for all images, so it is computed once, of the sum of their Δ.
+        """
+        axes, wide = [0, *range(2, a.dim())], torch.float64 if a.device.type != "mps" else a.dtype
+        mean = a.mean(axes, keepdim=True)
+        gradient = self.precise_weight_gradient(a - mean, delta, weight)
+        total = delta.sum(0, keepdim=True, dtype=wide)
+        total -= total.mean(axes, keepdim=True)
+        ones = total.new_ones(1, 1, *a.shape[2:])
+        of_ones = replace(self, groups=1).weight_gradient(
+            ones, total, ones.new_zeros(len(weight), 1, *self.kernel)
+        )
+        channels = mean.reshape(self.groups, 1, -1, *[1] * len(self.kernel))
+        constant = channels * of_ones.reshape(self.groups, -1, 1, *self.kernel)
+        return gradient + constant.reshape(weight.shape).to(gradient.dtype)
 
     def input_gradient(self, a: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
         """Compute ``ΔW`` by the backward pass that autograd itself runs."""
@@ -232,8 +262,18 @@ class TransposedConvolution(Convolution):
         return super().gram(self._spread(a))
 
     def centred_gram(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the Gram of the centred patches of the spread input."""
-        return super().centred_gram(self._spread(a))
+        """Return the Gram of the centred patches of the spread input.
+
+        Zeros between the entries keep the mean so small that it can be subtracted from the product. Centred
+        zeros would be equal numbers, and their squares would be rounded in the same direction.
+        """
+        wide = self._spread(a)
+        if max(self.spread) == 1:
+            return super().centred_gram(wide)
+        axes = zip(wide.shape[2:], self.dilation, self.kernel, strict=True)
+        rows = len(a) * math.prod(size - d * (k - 1) for size, d, k in axes)
+        mean = super().sums(wide) / max(rows, 1)
+        return super().gram(wide) - rows * compute_outer_product(mean, mean), mean
 
     def sums(self, a: Tensor) -> Tensor:
         """Return the sums of the patches of the spread input."""

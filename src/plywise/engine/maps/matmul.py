@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from plywise.engine.maps.base import LastAxisMap, LinearMap, thin_axes
+from plywise.numerics.norms import compute_norm
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class MatrixProduct(LastAxisMap):
 
     def trace(self, a: Tensor) -> Tensor:
         """Compute ``‖A‖²_F``, (1,)."""
-        return torch.linalg.vector_norm(a).square().reshape(1)
+        return compute_norm(a).square().reshape(1)
 
 
 @dataclass(frozen=True)

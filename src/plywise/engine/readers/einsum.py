@@ -44,24 +44,29 @@ def parse_einsum(equation: str, weight_place: int) -> tuple[str, str, str, str] 
 
 
 @lru_cache(maxsize=256)
-def spell_out(equation: str, dims: int, place: int) -> str:
-    """Return an einsum of two operands with its output named, and letters for the input's ellipsis.
+def spell_out(equation: str, dims: tuple[int, ...]) -> str:
+    """Return an einsum of two operands with its output named, and letters for ellipses.
+
+    An ellipsis stands for the leading dimensions that the operands share, from the right, as in broadcasting.
 
     Args:
         equation: as the user has written it.
-        dims: dimensions of the input.
-        place: the input's place among the operands.
+        dims: dimensions of the operands.
     """
     left, arrow, out = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if not arrow:  # then torch's order: the ellipsis, and the letters that occur once, sorted
         letters = left.replace(",", "").replace(".", "")
         out = "..." * ("..." in left) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    if len(terms) == 2 and "..." in terms[place] and "..." not in terms[1 - place]:
-        count = dims - len(terms[place].replace("...", ""))
-        free = [c for c in string.ascii_letters if c not in left + out][: max(count, 0)]
-        terms[place] = terms[place].replace("...", "".join(free))
-        out = out.replace("...", "".join(free))
+    if len(terms) == 2:
+        counts = [
+            size - len(term) + 3 if "..." in term else 0 for size, term in zip(dims, terms, strict=True)
+        ]
+        free = [c for c in string.ascii_letters if c not in left + out][: max(counts)]
+        named = [
+            term.replace("...", "".join(free[len(free) - n :])) for term, n in zip(terms, counts, strict=True)
+        ]
+        terms, out = named, out.replace("...", "".join(free))
     return f"{','.join(terms)}->{out}"
 
 
@@ -76,19 +81,31 @@ def read_einsum(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
     return func(*args, **kwargs)
 
 
+def _read_sizes(*named: tuple[str, torch.Size]) -> dict[str, int] | None:
+    """Return the size of each letter.
+
+    None if torch will say what is wrong, or if einsum repeats an axis of size 1: then there is no product
+    with the weight as it is.
+    """
+    if any(len(letters) != len(shape) for letters, shape in named):
+        return None
+    pairs = [pair for letters, shape in named for pair in zip(letters, shape, strict=True)]
+    sizes = dict(pairs)
+    return sizes if all(sizes[letter] == size for letter, size in pairs) else None
+
+
 def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) -> Tensor | None:
     weight, x = operands[place], operands[1 - place]
-    equation = spell_out(equation, x.dim(), 1 - place)
+    equation = spell_out(equation, tuple(operand.dim() for operand in operands))
     axes = parse_einsum(equation, place)
     if axes is None or capture.is_parameter(x):
         return None
     experts, inputs, outputs, rows = axes
     terms, out = equation.partition("->")[0].split(","), equation.partition("->")[2]
     of_weight, of_x = terms[place], terms[1 - place]
-    named = [*zip(of_x, x.shape, strict=True), *zip(of_weight, weight.shape, strict=True)]
-    sizes = dict(named)
-    if any(sizes[letter] != size for letter, size in named):
-        return None  # einsum repeats an axis of size 1: no product with the weight as it is
+    sizes = _read_sizes((of_weight, weight.shape), (of_x, x.shape))
+    if sizes is None:
+        return None
     order = tuple(of_weight.index(c) for c in experts + outputs + inputs)
     map_: LinearMap = TAPPED_PRODUCT
     layout = make_permuted_layout(order, len(experts) + len(outputs))

@@ -153,6 +153,11 @@ class LayerHandle:
     # ---- the gradient ----------------------------------------------------------------------------
 
     @property
+    def gradient_dtype(self) -> torch.dtype | None:
+        """The dtype in which the last captured call made the gradient; under autocast not the weight's."""
+        return None if self.site is None else self.site.dtype
+
+    @property
     def has_sharded_gradient(self) -> bool:
         """Whether there is a gradient of which this process has a shard."""
         return self.entry.sharding is not None and self.weight.grad is not None

@@ -35,6 +35,13 @@ def leave_out(tensors: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if name not in names}
 
 
+def assert_close_states(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Compare states; eigenvectors, which may be as far apart as eigenvalues are close, less strictly."""
+    vectors = {key for key in expected if key.endswith((".vectors", ".basis"))}
+    assert_close(leave_out(found, vectors), leave_out(expected, vectors), tolerance)
+    assert_close(found, expected, 1e-8)
+
+
 def run_in_parts(run: Run, sizes: tuple[int, ...]) -> list[dict[str, Tensor]]:
     """Train with each batch cut into parts of these sizes, and copy the state after each step."""
     run.model.eval()  # batch norm sees what is in a part
@@ -66,10 +73,7 @@ def test_micro_batches_are_one_batch(
 ) -> None:
     parts = run_in_parts(start(memory_case, kind, dtype=torch.float64), sizes)
     for one, other in zip(parts, run_whole(memory_case, kind), strict=True):
-        # as far apart as eigenvalues are close
-        vectors = {key for key in other if key.endswith((".vectors", ".basis"))}
-        assert_close(leave_out(one, vectors), leave_out(other, vectors), 1e-12)
-        assert_close(one, other, 1e-8)
+        assert_close_states(one, other, 1e-12)
 
 
 def test_an_empty_micro_batch_says_nothing(memory_case: Case) -> None:
@@ -89,7 +93,7 @@ def test_a_layer_used_several_times_is_one_layer(memory_case: Case) -> None:
         torch.manual_seed(1)
         model = Net(call, layer=nn.Linear(6, 8), head=nn.Linear(8, 3)).double()
         results.append(Run.begin(memory_case.make(), model).record(range(STEPS))[-1])
-    assert_close(results[1], results[0], 1e-10)
+    assert_close_states(results[1], results[0], 1e-10)
 
 
 # ---- dtypes -----------------------------------------------------------------------------------------
@@ -230,15 +234,19 @@ def test_squares_that_overflow_are_not_learned(memory_case: Case, warm: int) -> 
     x, _ = run.make_data(9)
     x[0, 0] = 1e25
     before = run.copy_memory()
-    run.optimizer.zero_grad()
-    # a function of layer 0 that such an output does not spoil
-    torch.tanh(run.model[0](x) * 1e-25).sum().mul(1e-20).backward()
-    assert are_finite({str(i): p.grad for i, p in enumerate(run.model[0].parameters())})
-    run.optimizer.step()
-    assert have_same_bits(select_statistics(run.copy_memory(), "0"), select_statistics(before, "0"))
+    longest = run.rule.stats_every * run.rule.slowdown  # between two gatherings
+    for _ in range(longest):
+        run.optimizer.zero_grad()
+        # a function of layer 0 that such an output does not spoil
+        torch.tanh(run.model[0](x) * 1e-25).sum().mul(1e-20).backward()
+        assert are_finite({str(i): p.grad for i, p in enumerate(run.model[0].parameters())})
+        run.optimizer.step()
+        assert have_same_bits(select_statistics(run.copy_memory(), "0"), select_statistics(before, "0"))
+        if run.rule.health.counts:  # it was a step that gathers
+            break
     assert run.rule.health.of("0") == {NON_FINITE: 1}
     assert are_finite(copy_weights(run.model))
-    for number in range(4):  # and goes on
+    for number in range(max(longest, 4)):  # and goes on
         run.step(number)
         assert are_finite(run.copy_state())
     assert not have_same_bits(select_statistics(run.copy_memory(), "0"), select_statistics(before, "0"))
