@@ -141,7 +141,7 @@ class LocalTrainer:
         return following, torch.stack(losses).sum()
 
     def _needs_graph(self, loss: Tensor) -> bool:
-        """Whether there is anything to learn from a loss.
+        """Return whether there is anything to learn from a loss.
 
         Raises:
             PlywiseError: there should be, and the loss has no graph.

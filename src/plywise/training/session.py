@@ -53,7 +53,7 @@ class Engine(Protocol):
         """Ask for no more batches to be read; a signal handler may call this."""
 
     def stopping(self) -> bool:
-        """Whether a stop has been requested; called before each batch is read."""
+        """Return whether a stop has been requested; called before each batch is read."""
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]], after: Callable[[int], None]) -> int:
         """Train on batches; ``after`` is called with the number of steps done after each."""
@@ -193,7 +193,7 @@ class Session:
             ) from error
 
     def _batches(self, step: int, end: int) -> Iterator[tuple[Batch, Tensor]]:
-        """The batches of the rest of an epoch, until a stop is requested."""
+        """Yield the batches of the rest of an epoch, until a stop is requested."""
         assert self._data is not None
         train, size = self._data.train, self.plan.batch_size
         order = permutation(self.plan.seed, step // self.per_epoch, train.count_places())
@@ -315,7 +315,7 @@ def open_session(plan: TrainConfig, *, fresh: bool = False) -> Session:
 
 
 def _make_learner(training: ResolvedTraining, starts: Sequence[int]) -> tuple[Learner, tuple[int, ...]]:
-    """The learner of a training, and where its model was cut."""
+    """Return the learner of a training, and where its model was cut."""
     if training.config.step is not None:
         return training.make_whole(), ()
     blocks, starts = training.make_blocks(starts)
@@ -368,7 +368,7 @@ def share(rows: Tensor, replica: int, replicas: int) -> Tensor:
 
 
 def format_error(error: BaseException) -> str:
-    """An exception in a line."""
+    """Return an exception in a line."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"
 
 

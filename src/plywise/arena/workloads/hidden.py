@@ -51,11 +51,11 @@ class Draws:
         return torch.randint(low, high + 1, shape, generator=self.generator)
 
     def choice(self, *values: CHOICE) -> CHOICE:
-        """One of some values."""
+        """Return one of some values."""
         return values[int(self.whole(0, len(values) - 1))]
 
     def order(self, count: int) -> Tensor:
-        """A permutation."""
+        """Return a permutation."""
         return torch.randperm(count, generator=self.generator)
 
     def network(self, x: Tensor, hidden: int, outputs: int) -> Tensor:
@@ -97,7 +97,7 @@ def regression_table(seed: int) -> Data:
 
 @lru_cache(maxsize=8)
 def class_table(seed: int) -> Data:
-    """A table with outliers whose rows are of three to seven classes, some of them rare."""
+    """Return a table with outliers whose rows are of three to seven classes, some of them rare."""
     draws = Draws("classes", seed)
     x, factors = _make_table(draws)
     classes = int(draws.whole(3, 7))
@@ -175,7 +175,7 @@ def paired_digits(seed: int) -> Data:
 
 
 def make_workload(kind: str, seed: int) -> Workload:
-    """A workload whose network, length and batches follow from the seed, as its data do.
+    """Return a workload whose network, length and batches follow from the seed, as its data do.
 
     Args:
         kind: one of ``KINDS``.
