@@ -11,7 +11,7 @@ _FUSED = ("cpu", "cuda", "mps", "xpu")
 
 
 def make_adamw(parameters: Iterable[Tensor], lr: float, **settings: Any) -> AdamW:
-    """An AdamW whose step is one kernel: on a CPU it costs half of torch's loop and less.
+    """Return an AdamW whose step is one kernel: on a CPU it costs half of torch's loop and less.
 
     Args:
         parameters: what it trains.

@@ -145,5 +145,5 @@ def format_line(frames: traceback.StackSummary) -> str:
 
 
 def format_raised(error: BaseException) -> str:
-    """An exception and the user's line that raised it."""
+    """Return an exception and the user's line that raised it."""
     return f"{type(error).__name__}: {str(error).rstrip('.')}{user_line(error)}"

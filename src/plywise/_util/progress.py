@@ -98,7 +98,7 @@ class _Pace:
 
 
 def format_step(step: Step, left: float) -> str:
-    """A step in one line.
+    """Return a step in one line.
 
     Example:
         >>> format_step(Step(3, 12, "sgd: 0.1"), 95.0)
@@ -118,7 +118,7 @@ def format_left(seconds: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration in words.
+    """Return a duration in words.
 
     Example:
         >>> format_duration(5400), format_duration(42)

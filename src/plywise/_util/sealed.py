@@ -10,7 +10,7 @@ _LIKE_A_CHECK = re.compile(r',\s*"[^"]{5}": "[^"]{16}"\s*\}\s*$')
 
 
 def seal(text: str) -> str:
-    """The text of a JSON object, with its check.
+    """Return the text of a JSON object, with its check.
 
     Example:
         >>> seal('{"a": 1}')
@@ -22,7 +22,7 @@ def seal(text: str) -> str:
 
 
 def is_sealed(text: str) -> bool:
-    """Whether a text has a check."""
+    """Return whether a text has a check."""
     return _CHECK.search(text[-64:]) is not None
 
 

@@ -1,11 +1,17 @@
-"""Random numbers from a seed, in a block."""
+"""Seeds from texts, and random numbers from a seed in a block."""
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+
+def make_seed(text: str, size: int = 8) -> int:
+    """Make a seed of ``size`` bytes from a text: the same on every machine, unlike Python's ``hash``."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())
 
 
 @contextmanager

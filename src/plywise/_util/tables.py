@@ -5,7 +5,7 @@ from html import escape
 
 
 def format_number(value: float | None, pattern: str = ".3g") -> str:
-    """A number, or a dash where there is none.
+    """Return a number, or a dash where there is none.
 
     Example:
         >>> format_number(0.12345), format_number(None)
@@ -15,7 +15,7 @@ def format_number(value: float | None, pattern: str = ".3g") -> str:
 
 
 def format_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table as lines of text, columns padded to their widest cell.
+    """Return a table as lines of text, columns padded to their widest cell.
 
     Example:
         >>> print(format_table(["layer", "n"], [["0", "12"]]))
@@ -33,7 +33,7 @@ def format_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def make_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", notes: Sequence[str] = ()
 ) -> str:
-    """A table of HTML with its title above and sentences below, all text escaped.
+    """Return a table of HTML with its title above and sentences below, all text escaped.
 
     Example:
         >>> make_table(["a"], [["<1>"]])

@@ -24,7 +24,7 @@ def is_given(address: str) -> bool:
 
 
 def shorten(text: str) -> str:
-    """A text without the module's name before those of objects.
+    """Return a text without the module's name before those of objects.
 
     Example:
         >>> shorten("given_objects:MyRule beats sgd")

@@ -47,7 +47,7 @@ class Trainer(Protocol):
         ...
 
     def predict(self, x: Tensor) -> Tensor:
-        """The network's outputs in eval mode, a row a sample."""
+        """Return the network's outputs in eval mode, a row a sample."""
         ...
 
 
@@ -151,7 +151,7 @@ class EndToEnd:
         return self.descend(self.loss(self.model(x), y))
 
     def descend(self, loss: Tensor) -> float:
-        """A step against the gradient of a loss, and what it was."""
+        """Take a step against the gradient of a loss; return the loss."""
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -160,7 +160,7 @@ class EndToEnd:
         return loss.item()
 
     def predict(self, x: Tensor) -> Tensor:
-        """The network's outputs in eval mode."""
+        """Return the network's outputs in eval mode."""
         return predictor(self.model)(x)
 
 
@@ -189,7 +189,7 @@ def make_cosine(steps: int) -> Callable[[Optimizer], LRScheduler]:
 
 
 def wrap_optimizer(name: str, about: str, optimizer: type[Optimizer], space: Space, **more: Any) -> Method:
-    """A `torch.optim.Optimizer` class as a method; its tuned numbers are its keyword arguments.
+    """Return a `torch.optim.Optimizer` class as a method; its tuned numbers are its keyword arguments.
 
     Example:
         >>> import torch

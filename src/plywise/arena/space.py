@@ -35,7 +35,7 @@ class Range:
             raise BenchError(f"{self} cannot be searched by its logarithm: low must be above 0.")
 
     def at(self, share: float) -> float:
-        """The value at a share of the way, to three digits."""
+        """Return the value at a share of the way, to three digits."""
         if self.log:
             value = self.low * (self.high / self.low) ** share
         else:
@@ -47,7 +47,7 @@ Space = Mapping[str, Range]
 
 
 def get_defaults(space: Space) -> dict[str, float]:
-    """The untuned numbers."""
+    """Return the untuned numbers."""
     return {name: one.default for name, one in space.items()}
 
 

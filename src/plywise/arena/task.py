@@ -35,7 +35,7 @@ class Task:
     losses: Judge | None = None
 
     def measure(self, predict: Callable[[Batch], Tensor], part: Part, batch: int) -> float:
-        """The metric over a set, which the network sees batch by batch."""
+        """Return the metric over a set, which the network sees batch by batch."""
         return mean(self.metric, predict, part, batch)
 
 
@@ -43,7 +43,7 @@ class WholeSetTask(Task):
     """A task whose metric is not a mean over samples: it is computed from the outputs of the whole set."""
 
     def measure(self, predict: Callable[[Batch], Tensor], part: Part, batch: int) -> float:
-        """The metric over a set, which the network sees batch by batch."""
+        """Return the metric over a set, which the network sees batch by batch."""
         with torch.no_grad():
             pairs = [(predict(clone_batch(x)), y) for x, y in part.chunks(batch)]
         outputs, targets = (torch.cat(values) for values in zip(*pairs, strict=True))
@@ -61,7 +61,7 @@ def token_cross_entropy(output: Tensor, y: Tensor) -> Tensor:
 
 
 def squared_errors(output: Tensor, y: Tensor) -> Tensor:
-    """The mean squared error of each sample, (N,)."""
+    """Return the mean squared error of each sample, (N,)."""
     return (output - y).square().flatten(1).mean(1)
 
 
@@ -103,17 +103,17 @@ WHOLE_SET = (wrong_order,)
 
 
 def step_loss(output: Tensor, y: Batch) -> Tensor:
-    """The loss that a `plywise.data.models.StepModel` gives."""
+    """Return the loss that a `plywise.data.models.StepModel` gives."""
     return output.reshape(-1)[0]
 
 
 def step_metric(output: Tensor, y: Batch) -> Tensor:
-    """The metric that a `plywise.data.models.StepModel` gives in eval mode."""
+    """Return the metric that a `plywise.data.models.StepModel` gives in eval mode."""
     return output.reshape(-1)[-1]
 
 
 def choose_task(y: Tensor) -> Task:
-    """The usual task for targets: class indices, tokens, or numbers.
+    """Return the usual task for targets: class indices, tokens, or numbers.
 
     Raises:
         PlywiseError: they are none of these.
@@ -140,7 +140,7 @@ def mean(judge: Judge, predict: Callable[[Batch], Tensor], part: Part, batch: in
 
 
 def predictor(model: nn.Module) -> Callable[[Batch], Tensor]:
-    """A model's outputs in eval mode; every part of it is in its own mode again afterwards."""
+    """Return a model's outputs in eval mode; every part of it is in its own mode again afterwards."""
 
     def predict(x: Batch) -> Tensor:
         with evaluating(model):

@@ -110,7 +110,7 @@ def _convert(value: Any) -> Any:
 
 
 def table(*headings: str, title: str | None = None, numbers: tuple[str, ...] = ()) -> Table:
-    """An empty table; the columns named in ``numbers`` are aligned to the right."""
+    """Return an empty table; the columns named in ``numbers`` are aligned to the right."""
     from rich.box import SIMPLE_HEAD
 
     from plywise.cli.wide_table import WideTable

@@ -81,7 +81,7 @@ def run(config: DemoConfig, out: Path, command: str) -> None:
 
 
 def results(summary: BenchSummary) -> Table:
-    """The rows of a bench on one workload as a table for the terminal."""
+    """Return the rows of a bench on one workload as a table for the terminal."""
     columns = ("reached the target", "steps to it", "CPU s to it", "test error, %", "step cost", "failed")
     shown = table("method", *columns, numbers=columns)
     for row in summary.rows:
@@ -99,7 +99,7 @@ def results(summary: BenchSummary) -> Table:
 
 
 def _has_screen() -> bool:
-    """Whether a browser would open a window, and not take over a terminal or a log."""
+    """Return whether a browser would open a window, and not take over a terminal or a log."""
     if not sys.stdout.isatty():
         return False
     return sys.platform in ("darwin", "win32") or bool(

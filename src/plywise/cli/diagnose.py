@@ -110,7 +110,7 @@ def _resolve_subject(
     loss: str,
     step: str,
 ) -> tuple[Workload, Data, str]:
-    """The workload, its data, and what `plywise bench` calls it."""
+    """Return the workload, its data, and what `plywise bench` calls it."""
     from plywise.arena.workloads import find_workload
     from plywise.arena.workloads.own import own_workload
 
@@ -175,7 +175,7 @@ def _table(title: str, diagnosis: Diagnosis) -> Table:
 
 
 def _cells(layer: LayerDiagnosis, diagnosis: Diagnosis) -> list[Text | str]:
-    """The numbers of a layer; what stands out is marked."""
+    """Return the numbers of a layer; what stands out is marked."""
     from rich.text import Text
 
     from plywise.arena.diagnostics.advice import outlying

@@ -64,7 +64,7 @@ def self_check() -> dict[str, str]:
 
 
 def _begin(method: Method, workload: Workload, data: Data) -> Trainer:
-    """A method at its defaults, about to train."""
+    """Return a method at its defaults, about to train."""
     from plywise.arena.method import TrialContext
     from plywise.arena.space import get_defaults
 

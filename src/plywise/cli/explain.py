@@ -136,7 +136,7 @@ def _make_batch(
 
 
 def _optimizer_for(rule: Rule, model: nn.Module) -> Optimizer | None:
-    """An optimizer that never steps, for rules that cannot do without."""
+    """Return an optimizer that never steps, for rules that cannot do without."""
     from torch.optim import SGD
 
     return SGD(model.parameters(), lr=0.0) if rule.remembers else None
@@ -166,7 +166,7 @@ def _run_batch(
 
 
 def _find_tensor(output: Any) -> Tensor:
-    """The first tensor that a model returns and that has a gradient."""
+    """Return the first tensor that a model returns and that has a gradient."""
     if hasattr(output, "values") and not hasattr(output, "grad_fn"):
         output = tuple(output.values())
     parts = output if isinstance(output, list | tuple) else [output]
@@ -177,7 +177,7 @@ def _find_tensor(output: Any) -> Tensor:
 
 
 def make_rule(name: str, settings: tuple[str, ...]) -> Rule:
-    """The rule called ``name`` with ``settings`` of the form name=value."""
+    """Return the rule called ``name`` with ``settings`` of the form name=value."""
     from plywise.local.settings import check_settings
     from plywise.registry.resolve import resolve_rule
 
@@ -192,7 +192,7 @@ def make_rule(name: str, settings: tuple[str, ...]) -> Rule:
 
 
 def load_model(address: str) -> nn.Module:
-    """The model that ``module:name`` makes, or is."""
+    """Return the model that ``module:name`` makes, or is."""
     from torch import nn
 
     from plywise._util.import_path import load

@@ -90,7 +90,7 @@ def _print_command(app: App, name: str, json: bool) -> None:
 
 
 def read_topics() -> dict[str, Topic]:
-    """The sections of the page of errors, in order, by name."""
+    """Return the sections of the page of errors, in order, by name."""
     page = find_page().read_text(encoding="utf-8")
     found = list(_HEADING.finditer(page))
     ends = [*(one.start() for one in found[1:]), len(page)]

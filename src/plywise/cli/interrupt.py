@@ -41,7 +41,7 @@ class Stop:
             raise KeyboardInterrupt
 
     def more(self, end: float | None) -> bool:
-        """Whether another trial may begin, within the budget if there is one."""
+        """Return whether another trial may begin, within the budget if there is one."""
         return not self.presses and (end is None or time.monotonic() < end)
 
     def _end(self, *_: object) -> None:

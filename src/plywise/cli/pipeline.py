@@ -78,7 +78,7 @@ def pipeline(
 
 
 def _train(plan: TrainConfig, fresh: bool, is_first: bool) -> tuple[bool, int]:
-    """Whether the run is finished, and its last step; the first process shows how it goes."""
+    """Train; return whether the run is finished, and its last step. The first process shows progress."""
     from plywise.training.open_pipeline import open_pipeline
 
     with open_pipeline(plan, fresh=fresh) as session:

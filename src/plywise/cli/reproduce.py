@@ -158,7 +158,7 @@ def _list(json: bool) -> None:
 
 
 def _describe(paper: Paper) -> dict[str, Any]:
-    """A paper for machines; a number of the paper's that diverged is the word."""
+    """Return a paper for machines; a number of the paper's that diverged is the word."""
     return {
         "name": paper.name,
         "title": paper.title,

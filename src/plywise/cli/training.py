@@ -62,7 +62,7 @@ Flags.__doc__ = TrainConfig.__doc__  # for --help
 
 
 def plan_from(first: str | None, flags: Flags | None, **more: Any) -> TrainConfig:
-    """The plan of the first word, which is a file or a model, and of flags."""
+    """Return the plan of the first word, which is a file or a model, and of flags."""
     given = {**vars(flags or Flags()), **more}
     if first is None or ":" not in first or Path(first).exists():
         return read_config(None if first is None else Path(first), given)

@@ -242,7 +242,7 @@ class AssociatedLearning(OneWayLearner):
         super().__init__(self._components, **training)
 
     def signal(self, x: Batch, y: Tensor) -> Signal:
-        """The input, and t₀: one row for each class, or each sample's labels or numbers."""
+        """Return the input, and t₀: one row for each class, or each sample's labels or numbers."""
         first = next(self._components[0].encoder.parameters())
         if self._targets == "classes":
             check_classes(y, self._classes)
@@ -277,7 +277,7 @@ class AssociatedPath(nn.Module):
 
 
 def _list_bridges(bridge: MakeBridge | Sequence[MakeBridge], blocks: int) -> list[MakeBridge]:
-    """A function for each block."""
+    """Return a function for each block."""
     if not callable(bridge) and not is_list(bridge):
         raise TypeError(
             f"AssociatedLearning: bridge must be a function, or a list of them, not {describe_kind(bridge)}."

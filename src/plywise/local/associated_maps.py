@@ -39,7 +39,7 @@ def pooled_bridge(shape: torch.Size, code: int) -> nn.Module:
 
 
 def paper_encoder(codes: Tensor, width: int) -> nn.Module:
-    """The paper's target encoder: a sigmoid layer, `he_normal_`.
+    """Return the paper's target encoder: a sigmoid layer, `he_normal_`.
 
     Args:
         codes: what it gets to begin with, a row for each class, (C, below).
@@ -73,7 +73,7 @@ def apart_encoder(codes: Tensor, width: int) -> nn.Module:
 
 
 def sigmoid_decoder(codes: Tensor, below: Tensor) -> nn.Module:
-    """The paper's decoder: a sigmoid layer, `he_normal_`.
+    """Return the paper's decoder: a sigmoid layer, `he_normal_`.
 
     Args:
         codes: what it gets to begin with, a row for each class, (C, code).
@@ -104,22 +104,22 @@ def mean_decoder(codes: Tensor, below: Tensor) -> nn.Module:
 
 
 def linear_decoder(codes: Tensor, below: Tensor) -> nn.Module:
-    """A linear layer: for targets that are any numbers."""
+    """Return a linear layer: for targets that are any numbers."""
     return nn.Linear(codes.shape[1], below.shape[1])
 
 
 def tanh_bridge(shape: torch.Size, code: int) -> nn.Module:
-    """A linear layer without bias and tanh, as in the authors' code for text."""
+    """Return a linear layer without bias and tanh, as in the authors' code for text."""
     return nn.Sequential(nn.Flatten(), nn.Linear(shape.numel(), code, bias=False), nn.Tanh())
 
 
 def tanh_encoder(codes: Tensor, width: int) -> nn.Module:
-    """A linear layer without bias and tanh, as in the authors' code for text."""
+    """Return a linear layer without bias and tanh, as in the authors' code for text."""
     return nn.Sequential(nn.Linear(codes.shape[1], width, bias=False), nn.Tanh())
 
 
 def tanh_decoder(codes: Tensor, below: Tensor) -> nn.Module:
-    """A linear layer without bias and tanh, as in the authors' code for text."""
+    """Return a linear layer without bias and tanh, as in the authors' code for text."""
     return nn.Sequential(nn.Linear(codes.shape[1], below.shape[1], bias=False), nn.Tanh())
 
 

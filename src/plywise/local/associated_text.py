@@ -65,12 +65,12 @@ class LastToken(nn.Module):
 
 
 def mean_bridge(shape: torch.Size, code: int) -> nn.Module:
-    """The mean of all tokens, a linear layer without bias, tanh: behind an embedding."""
+    """Return the mean of all tokens, a linear layer without bias, tanh: behind an embedding."""
     return nn.Sequential(MeanOverTokens(), nn.Linear(shape[-1], code, bias=False), nn.Tanh())
 
 
 def last_bridge(shape: torch.Size, code: int) -> nn.Module:
-    """The last output, a linear layer without bias, tanh: behind an LSTM."""
+    """Return the last output, a linear layer without bias, tanh: behind an LSTM."""
     return nn.Sequential(LastToken(), nn.Linear(shape[-1], code, bias=False), nn.Tanh())
 
 
@@ -82,7 +82,7 @@ def token_bridge(shape: torch.Size, code: int) -> nn.Module:
 def lstm_text(
     vocabulary: int, width: int = 300, hidden: int = 128, layers: int = 2
 ) -> tuple[list[nn.Module], Sequence[MakeBridge]]:
-    """An embedding and LSTMs, and the bridges behind them. Token 0 is padding.
+    """Return an embedding and LSTMs, and the bridges behind them. Token 0 is padding.
 
     Example:
         >>> blocks, bridges = lstm_text(50, width=8, hidden=4)

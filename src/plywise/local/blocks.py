@@ -74,7 +74,7 @@ class Blocks(Sequence[nn.Module]):
             )
 
     def as_module(self) -> nn.Module:
-        """The blocks, one after another, as a module that takes the model's inputs."""
+        """Return the blocks, one after another, as a module that takes the model's inputs."""
         return chain_blocks(self)
 
     @overload
@@ -107,7 +107,7 @@ class Chain(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Batch) -> Tensor:
-        """What the last block hands on."""
+        """Return what the last block hands on."""
         (last,) = deque(run_blocks(self.blocks, x), maxlen=1)  # earlier signals are not kept
         return last
 

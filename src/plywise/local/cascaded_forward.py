@@ -26,7 +26,7 @@ MakeLinearHead = Callable[[torch.Size, int], LinearHead]
 
 
 def cafo_blocks(channels: int, count: int = 3) -> list[nn.Sequential]:
-    """The paper's blocks: convolution 3×3, ReLU, max pool 2, batch norm; 32, 128, 512 channels ...
+    """Return the paper's blocks: convolution 3×3, ReLU, max pool 2, batch norm; 32, 128, 512 channels ...
 
     Batch norm's running statistics are plain means over all training batches (``momentum=None``), so that
     they belong to the data from the first batch on.
@@ -59,7 +59,7 @@ class CascadedComponent(Component):
         self.head = head
 
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
-        """The block's features, made as they are for prediction, and the head's loss.
+        """Return the block's features, made as they are for prediction, and the head's loss.
 
         In training, the batch first updates the running statistics of the block's batch norms. Then the
         features are computed in eval mode, with the statistics of all training batches so far.
@@ -78,12 +78,12 @@ class CascadedComponent(Component):
         return replace(signal, s=features), loss
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The head's alone."""
+        """Return the head's alone."""
         return [{"params": list(self.head.parameters())}]
 
 
 def no_optimizer(groups: list[dict[str, Any]]) -> Optimizer:
-    """What stands for an optimizer where every head learns in closed form."""
+    """Return what stands for an optimizer where every head learns in closed form."""
     raise PlywiseError(
         "A head of CascadedForward learns by gradient and needs an optimizer: give one, for example "
         "optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-3, eps=1e-4)."

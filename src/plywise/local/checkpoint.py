@@ -143,14 +143,14 @@ def _move_aside(path: Path) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, in order; partial ones do not count."""
+    """Return the steps of the checkpoints in a folder, in order; partial ones do not count."""
     if not folder.is_dir():
         return []
     return sorted(int(m[1]) for path in folder.iterdir() if (m := _NAME.fullmatch(path.name)))
 
 
 def find_whole(folder: Path) -> tuple[int | None, dict[int, str]]:
-    """The step of the last checkpoint that is as it was written; None if there is none.
+    """Return the step of the last checkpoint that is as it was written; None if there is none.
 
     Every file of it is read and compared with its digest.
 
@@ -222,7 +222,7 @@ def _check_steps(path: Path, states: Mapping[str, Any]) -> None:
 
 
 def _last_whole(folder: Path) -> int:
-    """The step of the last checkpoint that is not damaged; says which ones are."""
+    """Return the step of the last checkpoint that is not damaged; says which ones are."""
     step, damaged = find_whole(folder)
     if step is None:
         raise StateError(f"{format_damaged(folder, damaged)} There is no other.", see="state-run")
@@ -234,7 +234,7 @@ def _last_whole(folder: Path) -> int:
 
 
 def format_damaged(folder: Path, damaged: Mapping[int, str]) -> str:
-    """What is wrong with which checkpoints, as a sentence.
+    """Return what is wrong with which checkpoints, as a sentence.
 
     Example:
         >>> format_damaged(Path("runs"), {7: "learner.pt is missing"})
@@ -258,7 +258,7 @@ def _read(path: Path, name: str) -> Any:
 
 
 def _sums(path: Path) -> dict[str, str]:
-    """The digests of a checkpoint's files, by their names."""
+    """Return the digests of a checkpoint's files, by their names."""
     try:
         lines = require_file(path / SUMS).read_text(encoding="ascii").splitlines()
     except FileNotFoundError:
@@ -272,7 +272,7 @@ def _sums(path: Path) -> dict[str, str]:
 
 
 def _names(path: Path) -> set[str]:
-    """The states in a checkpoint: what is listed is there, and what is there is listed."""
+    """Return the states in a checkpoint: what is listed is there, and what is there is listed."""
     if _is_old(path):
         return {part.name for part in path.iterdir()}
     listed, there = set(_sums(path)), {part.name for part in path.iterdir()} - {SUMS}
@@ -282,7 +282,7 @@ def _names(path: Path) -> set[str]:
 
 
 def _content(path: Path, name: str) -> bytes:
-    """The bytes of a state, as they were written."""
+    """Return the bytes of a state, as they were written."""
     if _is_old(path):
         return _old_content(path, name)
     content = require_file(path / f"{name}.pt").read_bytes()
@@ -295,12 +295,12 @@ def _content(path: Path, name: str) -> bytes:
 
 
 def _is_old(path: Path) -> bool:
-    """Whether a checkpoint holds a folder of `torch.distributed.checkpoint` for each state."""
+    """Return whether a checkpoint holds a folder of `torch.distributed.checkpoint` for each state."""
     return not (path / SUMS).exists() and (path / "learner").is_dir()
 
 
 def _old_content(path: Path, name: str) -> bytes:
-    """The bytes of a state of plywise 0.1, a tensor of bytes in the one file of its folder.
+    """Return the bytes of a state of plywise 0.1, a tensor of bytes in the one file of its folder.
 
     The index beside it, ``.metadata``, is a pickle, which could run anything: it is not read. The file is a
     zip archive, whose own checksums are compared.

@@ -44,7 +44,7 @@ class Component(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
-        """The next signal, and the local loss, a scalar with this component's graph."""
+        """Return the next signal, and the local loss, a scalar with this component's graph."""
 
     def split(self, signal: Signal) -> list[tuple[Signal, float]]:
         """Parts of a batch that run one after another, backward included, and the share of each in the loss.
@@ -54,7 +54,7 @@ class Component(nn.Module, ABC):
         return [(signal, 1.0)]
 
     def join(self, signal: Signal, parts: Sequence[Signal]) -> Signal:
-        """The signal that goes on, from what `forward` makes of the parts of ``signal``."""
+        """Return the signal that goes on, from what `forward` makes of the parts of ``signal``."""
         if len(parts) == 1:
             return parts[0]
         s = torch.cat([part.s for part in parts])

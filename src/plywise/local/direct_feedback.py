@@ -38,12 +38,12 @@ class FeedbackComponent(Component):
         self.register_buffer("feedback", matrix)
 
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
-        """The block's output; its loss comes from the last block alone, and is 0 here."""
+        """Return the block's output; its loss comes from the last block alone, and is 0 here."""
         s = self.block(signal.s)
         return Signal(s, signal.y), s.new_zeros(())
 
     def send_error(self, error: Tensor, s: Tensor) -> Tensor:
-        """What stands for the gradient at the block's output ``s``: the error through the matrix."""
+        """Return what stands for the gradient at the block's output ``s``: the error through the matrix."""
         if self.feedback is None:
             return error
         return (error.reshape(len(error), -1).to(self.feedback) @ self.feedback).view_as(s).to(s)

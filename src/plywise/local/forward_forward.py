@@ -185,7 +185,7 @@ class ForwardForward(OneWayLearner):
         super().__init__(self._components, **training)
 
     def signal(self, x: Tensor, y: Tensor) -> Signal:
-        """The batch as it is; the first component puts the labels in."""
+        """Return the batch as it is; the first component puts the labels in."""
         check_classes(y, self._classes)
         if not x.is_floating_point():
             raise DataError(

@@ -105,7 +105,7 @@ class ForwardGradientComponent(LossComponent):
         return replace(signal, s=output[:samples]), loss
 
     def _repeat(self, part: Tensor) -> Tensor:
-        """A row of the batch for each pass."""
+        """Return a row of the batch for each pass."""
         return part.repeat(self._passes, *(1 for _ in part.shape[1:]))
 
     def _parts(self, output: Tensor) -> int:
@@ -120,7 +120,7 @@ class ForwardGradientComponent(LossComponent):
         return self._groups
 
     def _locality(self, layer: nn.Module, s: Tensor) -> Locality:
-        """Which of the block's losses a layer receives; found once."""
+        """Return which of the block's losses a layer receives; found once."""
         if self._localities is None:
             split = self.head is not None and (self._patches or self._groups > 1)
             found = find_localities(self.block, self._layers, s, self._patches, self._groups) if split else {}
@@ -177,7 +177,7 @@ def _differentiable_forward(block: nn.Module) -> Iterator[None]:
 
 
 def _layers(module: nn.Module, name: str = "block") -> Iterator[tuple[nn.Module, str]]:
-    """The outermost modules with parameters of their own: each learns by itself, whatever is inside."""
+    """Yield the outermost modules with parameters of their own: each learns by itself, whatever is inside."""
     if any(True for _ in module.parameters(recurse=False)) or is_parametrized(module):
         yield module, name
     else:
@@ -197,7 +197,7 @@ def _refuse_compiled(blocks: Blocks) -> None:
 
 
 def _output_layer(block: nn.Module) -> nn.Module | None:
-    """The module whose output is the block's, where that is sure and it is used once."""
+    """Return the module whose output is the block's, where that is sure and it is used once."""
     last = block
     while isinstance(last, nn.Sequential) and len(last):
         last = last[-1]

@@ -13,7 +13,7 @@ _POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPoo
 
 
 def position_linear(shape: torch.Size, num_classes: int) -> nn.Module:
-    """A linear layer at every position, for a target at each: activations (T, d), features last.
+    """Return a linear layer at every position, for a target at each: activations (T, d), features last.
 
     Example:
         >>> position_linear(torch.Size([12, 16]), 50)

@@ -129,7 +129,7 @@ class Interlocking(PredictsByBlocks, StagedLearner):
         return losses
 
     def _reaches(self, head: int, block: int) -> bool:
-        """Whether a head's gradient travels down to a block's output."""
+        """Return whether a head's gradient travels down to a block's output."""
         lowest = head - self.horizon + 1
         return block >= max(lowest, 0) and (lowest >= 0 or head == len(self.trainers) - 1)
 

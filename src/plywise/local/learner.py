@@ -126,19 +126,19 @@ class Learner(ABC):
         return losses
 
     def signal(self, x: Batch, y: Tensor) -> Signal:
-        """What the first component gets."""
+        """Return what the first component gets."""
         return Signal(x, y)
 
     @abstractmethod
     def _sweep(self, signal: Signal) -> list[Tensor]:
-        """One step of all components; their detached losses."""
+        """Take one step of all components; return their detached losses."""
 
     @abstractmethod
     def as_module(self) -> nn.Module:
         """The network that predicts, a plain module on the same parameters: for export or evaluation."""
 
     def predict(self, x: Tensor) -> Tensor:
-        """What `as_module` makes of some inputs in eval mode: scores, a row a sample.
+        """Return what `as_module` makes of some inputs in eval mode: scores, a row a sample.
 
         Raises:
             DataError: there is no tensor in the inputs.
@@ -248,12 +248,12 @@ class PredictsByBlocks:
     _loss: Callable[[Tensor, Tensor], Tensor]
 
     def signal(self, x: Batch, y: Tensor) -> Signal:
-        """The batch as it is, if targets are what the loss takes."""
+        """Return the batch as it is, if targets are what the loss takes."""
         check_targets(y, self._classes, self._loss)
         return self._blocks.begin(x, y)
 
     def as_module(self) -> nn.Module:
-        """The blocks, one after another."""
+        """Return the blocks, one after another."""
         return self._blocks.as_module()
 
 
@@ -268,7 +268,7 @@ class StagedLearner(Learner):
 
     @abstractmethod
     def learn_stage(self, first: int, stop: int, signal: Signal, neighbours: Neighbours) -> list[Tensor]:
-        """One step of the components from ``first`` to before ``stop``; their detached losses.
+        """Take one step of the components from ``first`` to before ``stop``; return their detached losses.
 
         Args:
             first: the stage's first component.
@@ -286,7 +286,7 @@ class OneWayLearner(StagedLearner):
     """
 
     def learn_stage(self, first: int, stop: int, signal: Signal, neighbours: Neighbours) -> list[Tensor]:
-        """Each component learns from what the one before hands on."""
+        """Let each component learn from the signal of the one before."""
         return learn_in_turn(self.trainers[first:stop], signal, self.steps, neighbours.emit)
 
 

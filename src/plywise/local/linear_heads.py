@@ -18,14 +18,14 @@ class LinearHead(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, features: Tensor, y: Tensor) -> Tensor:
-        """The loss on a batch; with its graph, if the head learns by gradient."""
+        """Return the loss on a batch; with its graph, if the head learns by gradient."""
 
     def take_in(self, features: Tensor, y: Tensor) -> None:
         """Learn a training batch in closed form, if the head does so."""
 
     @abstractmethod
     def as_module(self) -> nn.Module:
-        """A plain module from features to scores (N, C)."""
+        """Return a plain module from features to scores (N, C)."""
 
     def fit_to(self, parameter: Tensor) -> None:
         """Go where a block's parameter is, and take on its dtype."""
@@ -51,7 +51,7 @@ class GradientHead(LinearHead):
         return F.cross_entropy(self.linear(features.flatten(1)), y)
 
     def as_module(self) -> nn.Module:
-        """The head's own linear layer, after flattening."""
+        """Return the head's own linear layer, after flattening."""
         return nn.Sequential(nn.Flatten(), self.linear)
 
 
@@ -110,7 +110,7 @@ class RidgeHead(LinearHead):
 
     @torch.no_grad()
     def loss(self, features: Tensor, y: Tensor) -> Tensor:
-        """The mean squared error (see the class)."""
+        """Return the mean squared error (see the class)."""
         rows, targets = self._rows(features, y)
         return F.mse_loss(rows @ self.weight, targets).to(features.dtype)
 
@@ -150,7 +150,7 @@ class RidgeHead(LinearHead):
         return inverse @ self.cross
 
     def as_module(self) -> nn.Module:
-        """A linear map with the weights of this moment."""
+        """Return a linear map with the weights of this moment."""
         return nn.Sequential(self.pool, nn.Flatten(), FixedLinear(self.solution()))
 
     def fit_to(self, parameter: Tensor) -> None:

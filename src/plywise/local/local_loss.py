@@ -52,12 +52,12 @@ class LossComponent(Component):
         return compute_loss(self._loss, scores.flatten() if self._numbers else scores, y)
 
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
-        """The block's output, and its loss."""
+        """Return the block's output, and its loss."""
         s = signal.through(self.block)
         return replace(signal, s=s), self.measure_loss(s, signal.y, signal.carried)
 
     def measure_loss(self, s: Tensor, y: Tensor, carried: Batch = None) -> Tensor:
-        """The loss of the block's output ``s``, which goes on to the next block.
+        """Return the loss of the block's output ``s``, which goes on to the next block.
 
         Raises:
             BlockError: the head changed it.
@@ -122,12 +122,12 @@ def describe_scores(num_classes: int) -> str:
 
 
 def has_positions(shape: torch.Size, num_classes: int) -> bool:
-    """Whether an output has scores for each position, (T, C)."""
+    """Return whether an output has scores for each position, (T, C)."""
     return len(shape) == 2 and shape[-1] == num_classes != shape[0]
 
 
 def choose_loss(owner: object, loss: Loss, shape: torch.Size, num_classes: int) -> Loss:
-    """The loss of the last block's output: the default one over all positions where it has some.
+    """Return the loss of the last block's output: the default one over all positions where it has some.
 
     Raises:
         TypeError: see `require_loss`.

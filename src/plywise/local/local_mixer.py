@@ -27,7 +27,7 @@ class Patches(nn.Module):
         self.count = count
 
     def forward(self, x: Tensor) -> Tensor:
-        """The patches, row by row."""
+        """Return the patches, row by row."""
         sides = x.shape[2] // self.count, x.shape[3] // self.count
         return F.unfold(x, sides, stride=sides)
 
@@ -75,7 +75,7 @@ class MixerBlock(nn.Module):
 
 
 def average_head(shape: torch.Size, num_classes: int) -> nn.Module:
-    """The mean over all patches and one linear layer that begins as 0."""
+    """Return the mean over all patches and one linear layer that begins as 0."""
     layer = nn.Linear(shape[0], num_classes)
     nn.init.zeros_(layer.weight)
     return nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), layer)
@@ -90,7 +90,7 @@ def local_mixer(
     groups: int = 16,
     blocks: int = 4,
 ) -> Modules:
-    """The blocks of a LocalMixer, for `plywise.Blocks`; the last one classifies the mean over patches.
+    """Return the blocks of a LocalMixer, for `plywise.Blocks`; the last one classifies the mean over patches.
 
     Args:
         image: channels, height and width.

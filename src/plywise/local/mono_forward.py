@@ -18,7 +18,7 @@ class ProjectedComponent(LossComponent):
     """A block, and the loss of what its projection makes of all its activations, padding hidden."""
 
     def judge(self, s: Tensor, y: Tensor, carried: Batch = None) -> Tensor:
-        """The loss of the block's output ``s``."""
+        """Return the loss of the block's output ``s``."""
         assert self.head is not None
         return self._loss(self.head(hide_padding(s, carried)), y)
 
@@ -88,12 +88,12 @@ class MonoForward(OneWayLearner):
         super().__init__(self._components, **training)
 
     def signal(self, x: Batch, y: Tensor) -> Signal:
-        """The batch as it is."""
+        """Return the batch as it is."""
         check_classes(y, self._classes)
         return self._blocks.begin(x, y)
 
     def as_module(self, depth: int | None = None) -> nn.Module:
-        """The network that predicts; with ``depth``, from the first ``depth`` blocks."""
+        """Return the network that predicts; with ``depth``, from the first ``depth`` blocks."""
         return VotingPath(self._components[:depth], self._votes == "all")
 
 

@@ -24,7 +24,7 @@ MakeTokenHead = Callable[[int, int], nn.Module]
 
 
 def linear_head(width: int, scores: int) -> nn.Module:
-    """A layer norm and one linear map of each token, which begins small.
+    """Return a layer norm and one linear map of each token, which begins small.
 
     Example:
         >>> linear_head(8, 65)(torch.zeros(2, 5, 8)).shape
@@ -36,7 +36,7 @@ def linear_head(width: int, scores: int) -> nn.Module:
 
 
 def mlp_head(width: int, scores: int) -> nn.Module:
-    """A layer norm and a network of one hidden layer, twice as wide, of each token."""
+    """Return a layer norm and a network of one hidden layer, twice as wide, of each token."""
     hidden = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU())
     return nn.Sequential(nn.LayerNorm(width), *hidden, nn.Linear(2 * width, scores))
 
@@ -79,7 +79,7 @@ class TokenComponent(Component):
         self.table = [] if table is None else [table]  # in a list: it is a part of the block already
 
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
-        """The block's output, and the mean over all tokens that count of the cross-entropy.
+        """Return the block's output, and the mean over all tokens that count of the cross-entropy.
 
         Raises:
             PlywiseError: there is not one target for each place of the output.
@@ -114,7 +114,7 @@ class TokenComponent(Component):
         return parts
 
     def join(self, signal: Signal, parts: Sequence[Signal]) -> Signal:
-        """The parts in a row, and the vocabulary's table as it is before this component's step."""
+        """Return the parts in a row, and the vocabulary's table as it is before this component's step."""
         whole = super().join(signal, parts)
         return whole if whole.codes is None else replace(whole, codes=whole.codes.clone())
 
@@ -216,7 +216,7 @@ class LocalNextToken(OneWayLearner):
         super().__init__(components, **training)
 
     def signal(self, x: Batch, y: Tensor) -> Signal:
-        """The batch as it is, if there is a token for each place."""
+        """Return the batch as it is, if there is a token for each place."""
         if y.dim() != self._dimensions:
             raise DataError(
                 f"Targets must be class indices, one torch.long for each token, of {self._dimensions} "

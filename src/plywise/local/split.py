@@ -121,7 +121,7 @@ def balance(costs: Sequence[float], k: int) -> list[range]:
 def _cheapest(
     sums: list[float], k: int, add: Callable[[float, float], float], price: Callable[[float], float]
 ) -> tuple[float, list[int]]:
-    """The least total price of ``k`` blocks, by dynamic programming, and where they start and end."""
+    """Return the least total price of ``k`` blocks, by dynamic programming, and where they start and end."""
     totals = [0.0] + [math.inf] * (len(sums) - 1)
     starts: list[list[int]] = []
     for _ in range(k):
@@ -169,7 +169,7 @@ def _read_clock(x: Tensor) -> float:
 
 
 def _blocks(modules: list[nn.Module], model: nn.Module, example: Batch) -> Blocks:
-    """The blocks; what their one forward does to the example and to the model's buffers is undone."""
+    """Return the blocks; what their one forward does to the example and to the model's buffers is undone."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     blocks = Blocks(modules, clone_batch(example))
     for buffer, value in before:

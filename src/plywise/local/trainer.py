@@ -1,6 +1,5 @@
 """Trains one component: its optimizer, its scheduler, its rule, its random numbers."""
 
-import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from plywise._util.checks import describe_kind
 from plywise._util.modes import frozen_parts
 from plywise._util.optimizers import list_parameters
+from plywise._util.seeded import make_seed
 from plywise.data.batches import list_tensors
 from plywise.engine.explain import Explanation
 from plywise.engine.guard import StepGuard
@@ -141,7 +141,7 @@ class LocalTrainer:
         return following, torch.stack(losses).sum()
 
     def _needs_graph(self, loss: Tensor) -> bool:
-        """Whether there is anything to learn from a loss.
+        """Return whether there is anything to learn from a loss.
 
         Raises:
             PlywiseError: there should be, and the loss has no graph.
@@ -206,8 +206,7 @@ class LocalTrainer:
         """Use this component's own random numbers in a step; the caller's random state is not changed."""
         tensors = (*self.component.parameters(), *self.component.buffers())
         devices = sorted({t.device.index for t in tensors if t.is_cuda})
-        text = f"{self._seed}/{self.index}/{step}".encode()
-        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+        seed = make_seed(f"{self._seed}/{self.index}/{step}")
         with torch.random.fork_rng(devices=devices):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
             for device in devices:

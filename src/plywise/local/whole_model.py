@@ -20,7 +20,7 @@ class WholeComponent(Component):
         self._call = [model]  # no part of the state: its parameters are the model's
 
     def forward(self, signal: Signal) -> tuple[Signal, Tensor]:
-        """The batch as it is, and the loss of it."""
+        """Return the batch as it is, and the loss of it."""
         return signal, self._call[0](signal.s).reshape(-1)[0]
 
 
@@ -37,10 +37,10 @@ class WholeModel(OneWayLearner):
         super().__init__([WholeComponent(model)], **training)
 
     def as_module(self) -> nn.Module:
-        """The user's own model."""
+        """Return the user's own model."""
         return unwrap_model(self._model)
 
     def measure(self, batch: Any) -> float:
-        """The metric of a batch in eval mode; the loss where there is no metric."""
+        """Return the metric of a batch in eval mode; the loss where there is no metric."""
         with torch.no_grad(), evaluating(self._model):
             return float(self._model(batch)[-1])

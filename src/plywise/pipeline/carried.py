@@ -17,7 +17,7 @@ BROKEN = "What a message from the stage before says of the model's inputs is bro
 
 
 def flatten_carried(batch: Batch) -> list[Tensor]:
-    """The form of a batch, bytes, and its tensors; nothing for None.
+    """Return the form of a batch, bytes, and its tensors; nothing for None.
 
     Raises:
         PipelineError: it holds what has no place in a message.

@@ -41,7 +41,7 @@ class Connections:
                 self._inbox_back = Inbox(following, groups.back[following], watch, device)
 
     def make_neighbours(self, step: int) -> Neighbours:
-        """How the components of this stage reach the others in a step."""
+        """Return how the components of this stage reach the others in a step."""
         if self._outbox is None:
             return Neighbours(send_back=partial(self._send_back, step))
         emit = partial(self._outbox.put, step=step)

@@ -123,7 +123,7 @@ def join() -> None:
 
 @cache
 def _meeting_place() -> TCPStore:
-    """The store where torchrun lets its processes meet; without torchrun, in the process of rank 0."""
+    """Return the store where torchrun lets its processes meet; without torchrun, in the process of rank 0."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return _serve(host, port)
@@ -131,7 +131,7 @@ def _meeting_place() -> TCPStore:
 
 
 def _on_one_host() -> bool:
-    """Whether all processes are on this host: then nothing listens to the outside."""
+    """Return whether all processes are on this host: then nothing listens to the outside."""
     world = os.environ.get("WORLD_SIZE")
     if os.environ.get("MASTER_ADDR", "localhost") in ("localhost", "127.0.0.1"):
         return True
@@ -176,7 +176,7 @@ def own_store(plan: str, timeout_s: float) -> TCPStore:
 
 
 def _serve(host: str, port: int) -> TCPStore:
-    """A store in this process; it listens on the loopback device alone, if all are on one host.
+    """Return a store in this process; it listens on the loopback device alone, if all are on one host.
 
     Args:
         host: where the others find it.

@@ -72,7 +72,7 @@ class Inbox:
         self._thread = _Thread(self._receive, "the connection from it broke", source)
 
     def get(self) -> tuple[int, Signal | None]:
-        """The next step and its signal; None at the end."""
+        """Return the next step and its signal; None at the end."""
         while True:
             try:
                 step, signal = self._queue.get(timeout=LOOK)
@@ -112,7 +112,7 @@ class _Thread:
         self._thread.start()
 
     def done(self, seconds: float) -> bool:
-        """Whether it is done, within so many seconds."""
+        """Return whether it is done, within so many seconds."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 

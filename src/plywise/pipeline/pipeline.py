@@ -149,7 +149,7 @@ class Pipeline:
             yield self.learner.signal(*take_batch(x, y))
 
     def _share(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of this replica, as long as all replicas have some."""
+        """Yield the batches of this replica, as long as all replicas have some."""
         own = iter(batches)
         while True:
             batch = next(own, None)
@@ -230,7 +230,7 @@ class Pipeline:
         return self.learner.steps
 
     def agree(self, ok: bool) -> bool:
-        """Whether all processes say so; each waits here for the others."""
+        """Return whether all processes say so; each waits here for the others."""
         answer = torch.tensor([int(ok)])
         everyone = self._groups.everyone
         self._together(lambda: dist.all_reduce(answer, dist.ReduceOp.MIN, group=everyone))
@@ -291,7 +291,7 @@ def _receive_signals(inbox: Inbox, step: int) -> Iterator[Signal]:
 
 
 def check_cuts(cuts: Sequence[int] | None, components: int, world: int, replicas: int) -> list[int]:
-    """The first component of each stage: as given if that fits, or equally many for each.
+    """Return the first component of each stage: as given if that fits, or equally many for each.
 
     Raises:
         PipelineError: the number of processes, replicas, components or cuts does not fit.

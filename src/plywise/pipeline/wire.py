@@ -45,7 +45,7 @@ def measure_size(signal: Signal) -> int:
 
 
 def pack(signal: Signal | None, step: int, capacity: int) -> Tensor:
-    """A signal, or None for the end, in a buffer of ``capacity`` bytes.
+    """Return a signal, or None for the end, in a buffer of ``capacity`` bytes.
 
     Raises:
         PipelineError: it does not fit, or holds what the wire does not carry.
@@ -83,7 +83,7 @@ def pack(signal: Signal | None, step: int, capacity: int) -> Tensor:
 
 
 def unpack(buffer: Tensor) -> tuple[int, Signal | None]:
-    """The step, and its signal or None at the end. The tensors share the buffer's memory.
+    """Return the step, and its signal or None at the end. The tensors share the buffer's memory.
 
     Raises:
         PipelineError: the buffer does not hold a signal.

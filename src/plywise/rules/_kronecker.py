@@ -59,7 +59,7 @@ class KroneckerRule(StatefulRule):
     max_size: int = 8192
 
     def list_powers(self, outputs: int, columns: int) -> dict[str, float]:
-        """The statistics that a layer of these sizes keeps, each with its power."""
+        """Return the statistics that a layer of these sizes keeps, each with its power."""
         powers = {"input": (self.right, columns), "output": (self.left, outputs)}
         return {side: power for side, (power, size) in powers.items() if power and size <= self.max_size}
 
@@ -129,7 +129,7 @@ class KroneckerRule(StatefulRule):
         return precondition_gradient(call, left, right, call.memory["scale"])
 
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
-        """Whether each product is cheaper with the rows than with G, and c has been measured."""
+        """Return whether each product is cheaper with the rows than with G, and c has been measured."""
         sides = self.list_powers(shape.outputs, shape.columns)
         limits = {"input": shape.outputs, "output": shape.columns}
         if self.cadence == "paper":
@@ -242,12 +242,12 @@ class KroneckerRule(StatefulRule):
         return {"rows": (), **{side: (shape.groups, n, n) for side, n in self._sizes(shape).items()}}
 
     def learned_shapes(self, shape: LayerShape) -> Shapes:
-        """The discounted sums and counts."""
+        """Return the discounted sums and counts."""
         sums = {side: (shape.groups, n, n) for side, n in self._sizes(shape).items()}
         return {"rows": (), **sums, **{f"{side}.count": () for side in sums}}
 
     def refreshed_shapes(self, shape: LayerShape) -> Shapes:
-        """The roots, dense or of low rank, and c."""
+        """Return the roots, dense or of low rank, and c."""
         shapes: dict[str, tuple[int, ...]] = {"scale": ()}
         for side, n in self._sizes(shape).items():
             rank, g = self.choose_rank(n), shape.groups
@@ -287,7 +287,7 @@ class KroneckerRule(StatefulRule):
         return size.g * flops, size.g * floats
 
     def describe(self, size: Size | None) -> str:
-        """The sides that are preconditioned, e.g. ``"L^-½ G R^-½"``."""
+        """Return the sides that are preconditioned, e.g. ``"L^-½ G R^-½"``."""
         name = type(self).__name__
         if size is None:
             return name
@@ -357,14 +357,14 @@ def _multiply_between(matrix: Tensor, left: Root | None, right: Root | None) -> 
 
 
 def _flatten(root: Root | None) -> Root | None:
-    """The roots of layers of one shape, (layers, g, ...), as one of many groups."""
+    """Return the roots of layers of one shape, (layers, g, ...), as one of many groups."""
     if isinstance(root, LowRankRoot):
         return LowRankRoot(*(part.flatten(0, 1) for part in (root.vectors, root.weights, root.scale)))
     return None if root is None else root.flatten(0, 1)
 
 
 def get_root(memory: State, side: str) -> Root | None:
-    """The inverse root of a side's statistic that a layer remembers."""
+    """Return the inverse root of a side's statistic that a layer remembers."""
     if f"{side}.root" in memory:
         return memory[f"{side}.root"]
     if f"{side}.vectors" in memory:

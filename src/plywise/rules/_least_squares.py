@@ -131,7 +131,7 @@ def _divide_columns(call: LinearCall, damping: Damping) -> Update:
 
 
 def _build(call: LinearCall, dual: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The system without a bias, in a dtype."""
+    """Return the system without a bias, in a dtype."""
     if dual:
         return call.dual_gram(dtype), call.delta_rows(dtype)
     return call.gram(dtype), call.matrix(call.precise_gradient(call.delta.to(dtype))).mT
@@ -260,13 +260,13 @@ def _find_bias(call: LinearCall, matrix: Tensor) -> Tensor | None:
 
 
 def _is_difference(bias: Tensor, matrix: Tensor, mean: Tensor) -> bool:
-    """Whether ``mean(Δ) - D mean(A)`` has lost most digits, and is not a small part of the update."""
+    """Return whether ``mean(Δ) - D mean(A)`` has lost most digits, and is not a small part of the update."""
     of_bias, of_matrix, of_mean = torch.stack(torch._foreach_norm([bias, matrix, mean])).tolist()
     return of_matrix * of_mean > MOST_CANCELLED * math.hypot(of_bias, of_matrix)
 
 
 def _solve_centred(call: LinearCall, relative: float, dtype: torch.dtype) -> Tensor | None:
-    """The weights' part of `ridge_centred` as a matrix (g, m, d), or None."""
+    """Return the weights' part of `ridge_centred` as a matrix (g, m, d), or None."""
     dual, size = call.row_count <= call.width, max(min(call.row_count, call.width), 1)
     rows = cache(partial(_centre_rows, call))
 

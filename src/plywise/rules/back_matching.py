@@ -141,7 +141,7 @@ class BackMatching(Rule):
         return call.delta if call.energy is None else call.delta * find_rate(call.energy)
 
     def clips_updates(self) -> bool:
-        """Whether there is a cap."""
+        """Return whether there is a cap."""
         return self.cap is not None
 
     def clip_update(self, weight_norm: Tensor, update_norm: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class Coordinates(KroneckerRule):
         return float(self.sides != "output")
 
     def update(self, call: LinearCall) -> Update:
-        """The plain gradient: the step turns it."""
+        """Return the plain gradient: the step turns it."""
         return call.gradient()
 
     def in_backward(self, memory: State, shape: LayerShape) -> bool:
@@ -175,11 +175,11 @@ class Coordinates(KroneckerRule):
         return news
 
     def make_turn(self, memory: State) -> TwoSidedBasis | None:
-        """The bases of layers' sides: gradients become ``Sᵀ G T``, and steps ``S δV Tᵀ``."""
+        """Return the bases of layers' sides: gradients become ``Sᵀ G T``, and steps ``S δV Tᵀ``."""
         return find_bases(memory)
 
     def turn_momentum(self, before: State, after: State, momentum: Tensor) -> Tensor:
-        """A sum of gradients, from the coordinates of one state to those of another; (g, m, k)."""
+        """Return a sum of gradients, from the coordinates of one state to those of another; (g, m, k)."""
         old, new = find_bases(before), find_bases(after)
         momentum = momentum if old is None else old.solve(momentum)
         return momentum if new is None else new.turn(momentum, torch.empty_like(momentum))
@@ -222,7 +222,7 @@ class Coordinates(KroneckerRule):
         return size.g * flops, size.g * floats
 
     def describe(self, size: Size | None) -> str:
-        """The sides that are turned, e.g. ``"input side, power 0.25"``."""
+        """Return the sides that are turned, e.g. ``"input side, power 0.25"``."""
         if size is None:
             return type(self).__name__
         turned = self.list_powers(size.m, size.d)

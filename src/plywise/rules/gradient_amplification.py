@@ -158,11 +158,11 @@ class GradientAmplification(StatefulRule):
         return {"rows": (), "dice": (), "period": ()}
 
     def learned_shapes(self, shape: LayerShape) -> Shapes:
-        """The factor in force, and the gradients' sums."""
+        """Return the factor in force, and the gradients' sums."""
         sums: Shapes = {"sum": (shape.groups, shape.outputs, shape.columns), "total": ()}
         return {"factor": (), **(sums if self.agreement is not None else {})}
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
-        """A pass over Δ, and with ``agreement`` two over G."""
+        """Return a pass over Δ, and with ``agreement`` two over G."""
         weights = 0.0 if self.agreement is None else float(size.g * size.m * size.d)
         return size.g * float(size.n * size.m) + 3 * weights, weights

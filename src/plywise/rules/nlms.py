@@ -67,5 +67,5 @@ class NLMS(Rule):
         return solve.normalised(call.times(1 if self.reduction == "mean" else 1 / call.samples), self.eps)
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
-        """A pass over A, a pass over Δ and the new Δ."""
+        """Return a pass over A, a pass over Δ and the new Δ."""
         return size.g * size.n * (2.0 * size.d + size.m), float(size.g * size.n * size.m)

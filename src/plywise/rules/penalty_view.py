@@ -206,7 +206,7 @@ class PenaltyView:
 
 
 def _flatten(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a chain in order, chains in chains written out."""
+    """Yield the modules of a chain in order, chains in chains written out."""
     if not isinstance(model, nn.Sequential):
         yield model
         return

@@ -113,10 +113,10 @@ class ProxProp(Rule):
         return size.g * (k * k * max(size.n, size.d) + products), size.g * (k * k + 6.0 * k * size.m)
 
     def describe(self, size: Size | None) -> str:
-        """The rule's name, and where its step is explicit."""
+        """Return the rule's name, and where its step is explicit."""
         is_explicit = size is not None and self._is_explicit(size.is_topmost)
         return "ProxProp: explicit step" if is_explicit else "ProxProp"
 
     def _is_explicit(self, is_topmost: bool) -> bool:
-        """Whether a layer takes the plain step: the last one, with ``last_layer="explicit"``."""
+        """Return whether a layer takes the plain step: the last one, with ``last_layer="explicit"``."""
         return is_topmost and self.last_layer == "explicit"

@@ -111,7 +111,7 @@ class RLS(StatefulRule):
         return call.update(call.matrix(move) / h.reshape(-1, 1, 1))
 
     def gather(self, call: LinearCall, turn: int) -> Evidence:
-        """The sum of the rows."""
+        """Return the sum of the rows."""
         a = call.cast_input(call.dtype)
         sums = call.map.sums(a).to(call.dtype)
         rows = sums.new_tensor(float(call.row_count))
@@ -134,14 +134,14 @@ class RLS(StatefulRule):
         return torch.stack([error, torch.stack(sizes).norm()]).to(mean)
 
     def _measure_unit(self, memory: State, like: Tensor) -> Tensor | float:
-        """The rounding of P's entries, in float64: what the largest of them loses."""
+        """Return the rounding of P's entries, in float64: what the largest of them loses."""
         unit = PRODUCT_ROUNDING * torch.finfo(like.dtype).eps
         if "inverse" not in memory:
             return unit / self.ridge
         return _read_diagonal(memory["inverse"]).amax().double() * unit
 
     def learn(self, memory: State, evidence: Evidence) -> State:
-        """The rank-one correction of P.
+        """Return the rank-one correction of P.
 
         P keeps what it rounds. Where inputs have an offset, float32 would soon hold little but rounding
         errors: there, P is corrected in float64, and what float32 cannot hold of it is a second matrix.
@@ -163,7 +163,7 @@ class RLS(StatefulRule):
     def _add_up_rounding(
         self, memory: State, evidence: Evidence, fit_over_h: Tensor, losses: Tensor
     ) -> Tensor:
-        """The relative errors of h, of ``G P`` and of the corrected P, a scalar.
+        """Return the relative errors of h, of ``G P`` and of the corrected P, a scalar.
 
         Args:
             memory: the state before this step.
@@ -217,7 +217,7 @@ class RLS(StatefulRule):
         return gradients / memory["h"][..., None, None], {}
 
     def evidence_shapes(self, shape: LayerShape) -> Shapes:
-        """The sum of the rows and their number."""
+        """Return the sum of the rows and their number."""
         return {"rows": (), "sum": (shape.groups, shape.columns), "rounding": (2,)}
 
     def learned_shapes(self, shape: LayerShape) -> Shapes:
@@ -226,7 +226,7 @@ class RLS(StatefulRule):
         return {"inverse": square, "inverse.rest": square, "h": (shape.groups,)}
 
     def estimate_cost(self, size: Size) -> tuple[float, float]:
-        """The correction of P, and the product with it."""
+        """Return the correction of P, and the product with it."""
         return size.g * (6.0 * size.d**2 + 2.0 * size.d**2 * min(size.n, size.m)), 2.0 * size.g * size.d**2
 
 

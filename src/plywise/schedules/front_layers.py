@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from plywise._util.optimizers import list_parameters
 from plywise.engine.capture.capture import ModelHook
+from plywise.engine.processes.replicas import find_running_wrapper
 from plywise.engine.selection import strip_wrappers
 from plywise.errors import AttachError
 
@@ -117,7 +117,7 @@ class FrontLayers:
 
     def check_before_forward(self) -> None:
         """Refuse unsuitable models; freeze layers again if `thaw` was called without `freeze`."""
-        wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        wrapper = find_running_wrapper()
         if wrapper is not None and (wrapper.static_graph or not wrapper.find_unused_parameters):
             raise AttachError(
                 "DistributedDataParallel would wait for the gradients of frozen layers, which never come. "

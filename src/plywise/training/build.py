@@ -60,7 +60,7 @@ class ResolvedTraining:
     rule: MakeRule | None
 
     def make_blocks(self, starts: Sequence[int] = ()) -> tuple[Blocks, tuple[int, ...]]:
-        """The network in blocks, and where it was cut.
+        """Return the network in blocks, and where it was cut.
 
         A model is cut by measured cost, which differs each time. To get the same blocks again, in another
         process or after a resume, pass the earlier cuts.
@@ -97,7 +97,7 @@ class ResolvedTraining:
         return next(iter(self.data.train.chunks(self.config.batch_size)))[0]
 
     def make_whole(self) -> Learner:
-        """The learner of a whole model and a step function.
+        """Return the learner of a whole model and a step function.
 
         Raises:
             PlywiseError: one of them cannot be had, or the optimizer's or the rule's settings are refused.
@@ -113,7 +113,7 @@ class ResolvedTraining:
                 raise CommandError(str(error)) from error
 
     def make_learner(self, blocks: Blocks) -> Learner:
-        """The learner of some blocks.
+        """Return the learner of some blocks.
 
         Raises:
             PlywiseError: its settings, the optimizer's or the rule's are refused.
@@ -194,7 +194,7 @@ def _list_blocks(config: TrainConfig, made: Any) -> list[nn.Module]:
 
 
 def _count_blocks(model: nn.Module, example: Batch) -> int:
-    """The default number of blocks: 4, or as many as the model can be cut into."""
+    """Return the default number of blocks: 4, or as many as the model can be cut into."""
     if isinstance(example, Tensor):
         Blocks([model], example.clone())  # materialises lazy layers, as split does
     try:

@@ -180,7 +180,7 @@ def read_config(file: Path | None, flags: Mapping[str, Any]) -> TrainConfig:
 
 
 def make_config(values: Mapping[str, Any], source: str) -> TrainConfig:
-    """The plan of values by the flags' names.
+    """Return the plan of values by the flags' names.
 
     Raises:
         PlywiseError: a key is unknown, or a value is out of range; the message names the source.

@@ -298,7 +298,7 @@ def _refuse(model: nn.Module, rows: Iterable[LayerRow]) -> AttachError:
 
 
 def _scale(size: Size | None, more: float) -> Size | None:
-    """The size of a layer's problem in batches so many times as large."""
+    """Return the size of a layer's problem in batches so many times as large."""
     return None if size is None else replace(size, n=max(1, round(size.n * more)))
 
 

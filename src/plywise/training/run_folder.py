@@ -82,7 +82,7 @@ class RunFolder:
             ) from error
 
     def check(self, plan: TrainConfig, data: TrainingData) -> RunRecord | None:
-        """The record of the run to go on with; None if there is none.
+        """Return the record of the run to go on with; None if there is none.
 
         Raises:
             StateError: what is in the folder is another plan's, or the checkpoints are gone.
@@ -150,7 +150,7 @@ class RunFolder:
         return step
 
     def _last_whole(self) -> int | None:
-        """The step of the last checkpoint that is not damaged; later ones are set aside."""
+        """Return the step of the last checkpoint that is not damaged; later ones are set aside."""
         step, damaged = checkpoint.find_whole(self.checkpoints)
         if step is None and damaged:
             raise StateError(
@@ -193,12 +193,12 @@ class RunFolder:
             pass
 
     def last_step(self) -> int | None:
-        """The step of the last checkpoint; None if there is none."""
+        """Return the step of the last checkpoint; None if there is none."""
         steps = checkpoint.steps(self.checkpoints)
         return steps[-1] if steps else None
 
     def plan(self) -> TrainConfig:
-        """The plan of the run in this folder.
+        """Return the plan of the run in this folder.
 
         Raises:
             StateError: there is no run.
@@ -210,7 +210,7 @@ class RunFolder:
         return make_config(record.plan, str(self._plan))
 
     def last_line(self) -> dict[str, Any]:
-        """The last line of all logs; empty if there is none."""
+        """Return the last line of all logs; empty if there is none."""
         lines = [line for path in self._logs() for line, _ in read_lines(path)]
         return max(lines, key=lambda line: (line["step"], bool(JUDGED & line.keys())), default={})
 
@@ -243,7 +243,7 @@ def cut_back(path: Path, step: int) -> tuple[set[int], int]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The lines of a log that are whole, read and as they are.
+    """Yield the lines of a log that are whole, read and as they are.
 
     Only the oldest lines have no check; a later line without one has lost it.
     """

@@ -1,6 +1,5 @@
 """Runs a training by its plan, in one or several processes, and resumes it after interruptions."""
 
-import hashlib
 import math
 import signal
 import threading
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from plywise._util.extras import TENSORBOARD, import_extra
 from plywise._util.file_errors import explaining_files
+from plywise._util.seeded import make_seed
 from plywise.data.batches import Batch, count_samples, take_samples
 from plywise.data.models import NAN_HINT
 from plywise.data.own_data import explaining
@@ -53,7 +53,7 @@ class Engine(Protocol):
         """Ask for no more batches to be read; a signal handler may call this."""
 
     def stopping(self) -> bool:
-        """Whether a stop has been requested; called before each batch is read."""
+        """Return whether a stop has been requested; called before each batch is read."""
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]], after: Callable[[int], None]) -> int:
         """Train on batches; ``after`` is called with the number of steps done after each."""
@@ -193,7 +193,7 @@ class Session:
             ) from error
 
     def _batches(self, step: int, end: int) -> Iterator[tuple[Batch, Tensor]]:
-        """The batches of the rest of an epoch, until a stop is requested."""
+        """Yield the batches of the rest of an epoch, until a stop is requested."""
         assert self._data is not None
         train, size = self._data.train, self.plan.batch_size
         order = permutation(self.plan.seed, step // self.per_epoch, train.count_places())
@@ -315,7 +315,7 @@ def open_session(plan: TrainConfig, *, fresh: bool = False) -> Session:
 
 
 def _make_learner(training: ResolvedTraining, starts: Sequence[int]) -> tuple[Learner, tuple[int, ...]]:
-    """The learner of a training, and where its model was cut."""
+    """Return the learner of a training, and where its model was cut."""
     if training.config.step is not None:
         return training.make_whole(), ()
     blocks, starts = training.make_blocks(starts)
@@ -348,8 +348,7 @@ def permutation(seed: int, epoch: int, samples: int) -> Tensor:
         >>> permutation(0, 0, 5).sort().values
         tensor([0, 1, 2, 3, 4])
     """
-    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    generator = torch.Generator().manual_seed(make_seed(f"{seed}/{epoch}"))
     return torch.randperm(samples, generator=generator)
 
 
@@ -369,7 +368,7 @@ def share(rows: Tensor, replica: int, replicas: int) -> Tensor:
 
 
 def format_error(error: BaseException) -> str:
-    """An exception in a line."""
+    """Return an exception in a line."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"
 
 

@@ -29,7 +29,7 @@ class SingleProcessEngine:
         self._asked = True
 
     def stopping(self) -> bool:
-        """Whether a stop has been requested."""
+        """Return whether a stop has been requested."""
         return self._asked
 
     def run(self, batches: Iterator[tuple[Tensor, Tensor]], after: Callable[[int], None]) -> int:

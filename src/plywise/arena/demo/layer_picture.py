@@ -62,7 +62,7 @@ def _measure_sizes(
 
 
 def bad_scales(model: nn.Module) -> list[float]:
-    """A factor for each linear layer, their product 1."""
+    """Return a factor for each linear layer, their product 1."""
     count = sum(isinstance(module, nn.Linear) for module in model.modules())
     scales = [BAD_SCALES[i % len(BAD_SCALES)] for i in range(count - 1)]
     return [*scales, 1 / math.prod(scales)]

@@ -51,14 +51,14 @@ class DemoConfig:
 
 
 def make_workload(config: DemoConfig) -> Workload:
-    """The digits, measured more often than in a bench."""
+    """Return the digits, measured more often than in a bench."""
     workload = WorkloadSpec("digits-mlp", steps=config.steps).make()
     return replace(workload, measure_every=MEASURE_EVERY, target=TARGET)
 
 
 @contextmanager
 def open_demo(config: DemoConfig, folder: Path, command: str = "") -> Generator[Bench, None, None]:
-    """The demo as a bench in ``folder``, where it begins again.
+    """Yield the demo as a bench in ``folder``, where it begins again.
 
     Raises:
         PlywiseError: the folder holds another bench.

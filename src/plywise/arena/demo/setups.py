@@ -29,7 +29,7 @@ optimizers, what `plywise.recommend` makes, and the four papers that plywise beg
 
 
 def make_methods(setups: Mapping[str, Numbers], rates: int) -> list[Method]:
-    """The methods at their tuned numbers; their tuning trials sweep over so many rates.
+    """Return the methods at their tuned numbers; their tuning trials sweep over so many rates.
 
     `REFERENCE` comes a second time, as the null control, without a sweep.
     """
@@ -49,6 +49,6 @@ def _sweep(method: Method, numbers: Numbers, rates: int) -> Method:
 
 
 def _fix_numbers(method: Method, numbers: Numbers) -> Method:
-    """A method whose numbers, where nothing is tuned, are these."""
+    """Return a method whose numbers, where nothing is tuned, are these."""
     space = {name: replace(one, default=numbers[name]) for name, one in method.space.items()}
     return replace(method, space=space)

@@ -258,7 +258,7 @@ def _about_conditioning(diagnosis: Diagnosis, subject: str) -> list[Advice]:
 
 
 def _describe_worst(layers: list[LayerDiagnosis]) -> str:
-    """The layer whose inputs are farthest from white."""
+    """Return the layer whose inputs are farthest from white."""
     worst = max(layers, key=lambda layer: layer.read.condition or 0.0 if layer.read else 0.0)
     read = worst.read
     assert read is not None

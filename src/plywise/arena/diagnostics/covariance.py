@@ -124,7 +124,7 @@ class Covariance:
 
 
 def _compute_eigenvalues(covariance: Tensor) -> Tensor:
-    """Those above the floor, in ascending order."""
+    """Return those above the floor, in ascending order."""
     if not len(covariance):
         return covariance.new_empty(0)
     scale = covariance.diagonal().max()

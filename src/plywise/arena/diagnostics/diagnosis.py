@@ -195,7 +195,7 @@ def layer_series(diagnosis: Diagnosis) -> dict[str, list[Any]]:
 
 
 def layers_before(workload: Workload, data: Data) -> dict[str, Any]:
-    """A workload's layers before training, as a bench's description keeps them under ``layers``.
+    """Return a workload's layers before training, as a bench's description keeps them under ``layers``.
 
     Where they cannot be looked at, ``layers`` is None and ``unseen`` says why: that is no reason not to
     train, and training will name what is wrong.

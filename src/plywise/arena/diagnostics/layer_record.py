@@ -51,7 +51,7 @@ class LayerRecord:
             self.gradient = gradient if self.gradient is None else self.gradient + gradient
 
     def _sampled_rows(self, call: LinearCall) -> Tensor:
-        """Some of the rows, (g, n, d); never are those of all samples made if there are too many."""
+        """Return some of the rows, (g, n, d), made of some samples only if all would make too many."""
         positions = max(1, call.row_count // max(1, call.samples))
         a = call.a if call.a.dim() > 1 else call.a[None]
         rows = call.map.rows(a[: max(1, MOST_ROWS // positions)].detach())

@@ -53,7 +53,7 @@ _KNOWN |= _ALIASES
 
 
 def find_method(name: str) -> Method:
-    """The method called ``name``.
+    """Return the method called ``name``.
 
     Letters' case and hyphens do not matter. A name is one of
 
@@ -115,7 +115,7 @@ def _load_method(address: str) -> Method:
 
 
 def _compose(name: str, first: str, second: str) -> Method:
-    """A rule on an optimizer, or inside a learner."""
+    """Return a rule on an optimizer, or inside a learner."""
     one, other = _normalise_name(first), _normalise_name(second)
     if one in LEARNER_OF:
         known = other in RULE_OF or ":" in second
@@ -140,5 +140,5 @@ def _require(right: bool, name: str, part: str, what: str, choices: tuple[str, .
 
 
 def _normalise_name(name: str) -> str:
-    """The name as listed, or "" if there is none."""
+    """Return the name as listed, or "" if there is none."""
     return _KNOWN.get(name.strip().lower().replace("-", "").replace("_", ""), "")

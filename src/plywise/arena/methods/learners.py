@@ -73,7 +73,7 @@ class LocalTraining:
         return losses.mean().item()
 
     def predict(self, x: Tensor) -> Tensor:
-        """The network's outputs in eval mode."""
+        """Return the network's outputs in eval mode."""
         return self.learner.predict(x)
 
 
@@ -90,11 +90,11 @@ class TiedModel(Protocol):
         ...
 
     def trunk(self) -> nn.Module:
-        """All before the last norm and the head, with the model's own layers."""
+        """Return all before the last norm and the head, with the model's own layers."""
         ...
 
     def untied(self) -> nn.Module:
-        """The whole model with a copy of the weight in its head."""
+        """Return the whole model with a copy of the weight in its head."""
         ...
 
 
@@ -193,7 +193,7 @@ def wrap_learner(name: str, rule: str | None = None) -> Method:
 
 
 def uncut(workload: Workload, tokens: bool = False) -> str:
-    """Why local learners cannot run on a workload; "" if they can.
+    """Return why local learners cannot run on a workload; "" if they can.
 
     Args:
         workload: the workload.
@@ -237,7 +237,7 @@ def _add_rule(recipe: Recipe, rule: type[Rule]) -> Recipe:
 
 
 def begin(name: str, learner: Callable[..., Learner], recipe: Recipe, setting: TrialContext) -> LocalTraining:
-    """A learner at work on a model.
+    """Return a learner at work on a model.
 
     Raises:
         PlywiseError: the workload's model is not to be cut, or it has no classes and the learner needs them.

@@ -122,7 +122,7 @@ class Averaged(EndToEnd):
     """Training that predicts with the mean of the iterates, which the optimizer keeps."""
 
     def predict(self, x: Tensor) -> Tensor:
-        """The averaged network's outputs in eval mode; training goes on from where it was."""
+        """Return the averaged network's outputs in eval mode; training goes on from where it was."""
         optimizer: Any = self.optimizer
         optimizer.eval()
         try:
@@ -146,7 +146,7 @@ def _import_package(method: str) -> Any:
 
 
 def find_peer(name: str) -> Peer:
-    """The peer called ``name``, or of the optimizer's class at the address ``name``.
+    """Return the peer called ``name``, or of the optimizer's class at the address ``name``.
 
     Raises:
         PlywiseError: there is nothing at the address, or no optimizer.
@@ -159,7 +159,7 @@ def find_peer(name: str) -> Peer:
 
 
 def wrap_peer(name: str) -> Method:
-    """A peer, or the null control, as a method."""
+    """Return a peer, or the null control, as a method."""
     if name == NULL_CONTROL:
         about = "SGD a second time: the null control"
         return replace(wrap_peer(PEERS[0]), name=name, about=about, baseline=False, null=PEERS[0])
@@ -172,7 +172,7 @@ def wrap_peer(name: str) -> Method:
 
 
 def _treat_alike(optimizer: Callable[..., Optimizer]) -> Callable[[TrialContext, Numbers], Optimizer]:
-    """An optimizer that treats all parameters alike."""
+    """Return an optimizer that treats all parameters alike."""
 
     def make(setting: TrialContext, numbers: Numbers) -> Optimizer:
         return optimizer(list_trained(setting.model), **numbers)
@@ -202,7 +202,7 @@ def group_hidden(setting: TrialContext) -> list[dict[str, Any]]:
 
 
 def hidden_weights(setting: TrialContext) -> list[nn.Parameter]:
-    """The weights of a trial's model that Muon is made for."""
+    """Return the weights of a trial's model that Muon is made for."""
     return find_hidden_weights(setting.model, lambda: setting.model(setting.example))
 
 
@@ -211,7 +211,7 @@ def _schedule_free(setting: TrialContext, numbers: Numbers) -> Optimizer:
 
 
 def list_trained(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that train."""
+    """Return the parameters that train."""
     return [p for p in model.parameters() if p.requires_grad]
 
 

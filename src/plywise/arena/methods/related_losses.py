@@ -54,7 +54,7 @@ class Ranked:
         return self.train(x, y)
 
     def predict(self, x: Tensor) -> Tensor:
-        """The network's scores in eval mode."""
+        """Return the network's scores in eval mode."""
         return predictor(self.model)(x)
 
 

@@ -150,7 +150,7 @@ class FusedTraining:
         return self._trainer.step(x, y)
 
     def predict(self, x: Tensor) -> Tensor:
-        """The network's outputs in eval mode."""
+        """Return the network's outputs in eval mode."""
         return self._trainer.predict(x)
 
     def _fuse(self) -> None:
@@ -195,7 +195,7 @@ class DecidedTraining:
 
 
 def without_classes(workload: Workload) -> str:
-    """Why there is nothing to decide; "" if there is."""
+    """Return why there is nothing to decide; "" if there is."""
     if not workload.classes:
         return "a decision stage needs classes, and the targets are none"
     return "a decision stage decides on samples, and here each token has a class" * workload.labels_tokens

@@ -47,7 +47,7 @@ class Quantized(EndToEnd):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """The quantized network's outputs in eval mode; the weights in training stay as they are."""
+        """Return the quantized network's outputs in eval mode; the weights in training stay as they are."""
         assert isinstance(self.optimizer, ASkewSGD)
         params = list_trained(self.model)
         kept = [param.clone() for param in params]

@@ -53,7 +53,7 @@ def list_tuned(rule: type[Rule]) -> Tuned:
 
 
 def wrap_rule(name: str, optimizer: str) -> Method:
-    """A rule on an optimizer as a method; on SGD it has the rule's name alone.
+    """Return a rule on an optimizer as a method; on SGD it has the rule's name alone.
 
     Args:
         name: a key of ``RULE_OF``, or the address of a rule's class.
@@ -92,7 +92,7 @@ def _describe(rule: type[Rule], name: str) -> str:
 
 
 def _choose_space(tuned: Tuned, peer: Peer, on_sgd: bool) -> Space:
-    """The rate and the rule's number; for a rule without one, the optimizer's second."""
+    """Return the rate and the rule's number; for a rule without one, the optimizer's second."""
     if on_sgd and tuned.rate is not None:
         return {"lr": tuned.rate, **tuned.numbers}
     rate = {name: one for name, one in peer.space.items() if name == "lr"}
@@ -101,7 +101,7 @@ def _choose_space(tuned: Tuned, peer: Peer, on_sgd: bool) -> Space:
 
 
 def make_recommended() -> Method:
-    """What `plywise.recommend` makes, as a method."""
+    """Return what `plywise.recommend` makes, as a method."""
 
     def make(setting: TrialContext) -> Trainer:
         # in a tuple: a user's model takes its whole batch, whatever that is, as one argument

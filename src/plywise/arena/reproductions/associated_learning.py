@@ -55,7 +55,7 @@ def cnn_body(widths: tuple[int, ...]) -> Modules:
 
 
 def vgg_body(widths: tuple[int, ...], norm: bool = False) -> Modules:
-    """The paper's VGG in four blocks; widths are (channels of the first convolution, n)."""
+    """Return the paper's VGG in four blocks; widths are (channels of the first convolution, n)."""
     return vgg_blocks(3, widths[0], norm=norm)
 
 
@@ -80,7 +80,7 @@ def baseline(body: Modules, norm: bool, code: int, example: Tensor) -> nn.Sequen
 
 
 def schedule(steps: int) -> Callable[[Optimizer], LambdaLR]:
-    """A tenth of the rate after 40, 60 and 80 % of the steps each, half of it after 90 %."""
+    """Return a tenth of the rate after 40, 60 and 80 % of the steps each, half of it after 90 %."""
 
     def factor(step: int) -> float:
         done = step / steps
@@ -130,7 +130,7 @@ class Augmented:
         return self.trainer.step(standardised(shifted(x)), y)
 
     def predict(self, x: Tensor) -> Tensor:
-        """The network's outputs."""
+        """Return the network's outputs."""
         return self.trainer.predict(standardised(x))
 
 
@@ -167,7 +167,7 @@ def associated(body: MakeBody, encoder: MakeEncoder, start: Start) -> LocalTrain
 
 
 def frozen(body: MakeBody, encoder: MakeEncoder, start: Start) -> LocalTraining:
-    """The control: all forward maps f stay as they begin."""
+    """Return the control: all forward maps f stay as they begin."""
     local = associated(body, encoder, start)
     for trainer in local.learner.trainers:
         block = trainer.component.get_submodule("block")
@@ -227,7 +227,7 @@ FROM_LOGS = "the paper's tables could not be read; numbers of the authors' later
 def _make_cifar_sizes(
     full: tuple[str, tuple[int, int]], cut: tuple[str, tuple[int, int]]
 ) -> dict[str, ExperimentSize]:
-    """The sizes at which a network runs; full and small network, in words and as widths."""
+    """Return the sizes at which a network runs; full and small network, in words and as widths."""
     full_size = ExperimentSize(
         about=f"{full[0]}, batches of 32, 200 epochs, as in the code",
         source=cifar_centred,
@@ -262,7 +262,7 @@ def _make_cifar_experiment(
     sizes: tuple[tuple[str, tuple[int, int]], tuple[str, tuple[int, int]]],
     *more: str,
 ) -> Experiment:
-    """An experiment on augmented images of CIFAR-10.
+    """Return an experiment on augmented images of CIFAR-10.
 
     Args:
         network: what it is called.

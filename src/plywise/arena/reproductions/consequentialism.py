@@ -30,7 +30,7 @@ MakeModel = Callable[[tuple[int, ...]], nn.Module]
 
 
 def dense(widths: tuple[int, ...]) -> nn.Module:
-    """An MLP with ReLU; widths are those of all layers."""
+    """Return an MLP with ReLU; widths are those of all layers."""
     return nn.Sequential(nn.Flatten(), *mlp(*widths))
 
 
@@ -46,7 +46,7 @@ def trained(
     rule: Consequentialism | None,
     start: Start,
 ) -> Trainer:
-    """A network by an optimizer at a constant rate, perhaps with the rule."""
+    """Return a network by an optimizer at a constant rate, perhaps with the rule."""
     made = model(start.size.widths).to(start.device)
     stepped = optimizer(made.parameters(), lr=start.rate, **settings)  # type: ignore[call-arg]
     return with_rule(made, stepped, rule, CLASSIFICATION.loss)
@@ -67,7 +67,7 @@ OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any], tuple[float, ...], 
 
 
 def with_it(name: str) -> str:
-    """What an optimizer with the rule is called.
+    """Return what an optimizer with the rule is called.
 
     Example:
         >>> with_it("Adam")

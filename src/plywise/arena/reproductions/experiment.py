@@ -105,7 +105,7 @@ class ExperimentSize:
         return self.epochs * (self.images // self.batch)
 
     def data(self) -> Data:
-        """The data.
+        """Return the data.
 
         Raises:
             PlywiseError: a file is missing.
@@ -216,11 +216,11 @@ class Experiment:
             )
 
     def arms_at(self, size: str) -> list[Arm]:
-        """The arms that are run at a size."""
+        """Return the arms that are run at a size."""
         return [arm for arm in self.arms if size in arm.sizes]
 
     def claims_at(self, size: str) -> list[Claim]:
-        """The claims about these arms."""
+        """Return the claims about these arms."""
         names = {arm.name for arm in self.arms_at(size)}
         return [claim for claim in self.claims if {claim.better, claim.worse} <= names]
 
@@ -254,7 +254,7 @@ class Paper:
             raise BenchError(f"Paper {self.name} has no experiment.")
 
     def find(self, name: str) -> Experiment:
-        """The experiment called ``name``.
+        """Return the experiment called ``name``.
 
         Raises:
             PlywiseError: there is none.

@@ -45,7 +45,7 @@ TOLD_APART = 1.1
 
 
 def nesterov(rule: ProxProp | None, start: Start) -> Trainer:
-    """The MLP by SGD with Nesterov momentum 0.95."""
+    """Return the MLP by SGD with Nesterov momentum 0.95."""
     model = nn.Sequential(nn.Flatten(), *mlp(*start.size.widths)).to(start.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=start.rate, momentum=0.95, nesterov=True)
     return _make_trainer(model, optimizer, rule)
@@ -67,7 +67,7 @@ def _make_trainer(model: nn.Sequential, optimizer: torch.optim.Optimizer, rule: 
 
 
 def cg(steps: int, tau: float) -> ProxProp:
-    """The published code's conjugate gradients."""
+    """Return the published code's conjugate gradients."""
     return ProxProp(tau, "cg_official", steps)
 
 

@@ -39,7 +39,7 @@ class ExperimentSource:
         return f"{find_paper(self.paper).name}/{self.experiment}/{self.size}"
 
     def load(self, data: Data | None = None) -> Workload:
-        """The workload; its arms make the network themselves."""
+        """Return the workload; its arms make the network themselves."""
         size = self._find()[1]
         return Workload(
             self.name,
@@ -54,7 +54,7 @@ class ExperimentSource:
         )
 
     def find_method(self, name: str) -> Method:
-        """The arm called ``name`` as a method; its rates are the points that it is tuned by."""
+        """Return the arm called ``name`` as a method; its rates are the points that it is tuned by."""
         experiment, size = self._find()
         return _make_method(next(arm for arm in experiment.arms if arm.name == name), size)
 
@@ -63,14 +63,14 @@ class ExperimentSource:
         self._find()
 
     def describe(self, numbers: Numbers) -> dict[str, Any]:
-        """What a run is made with, as the ledger keeps it."""
+        """Return what a run is made with, as the ledger keeps it."""
         size = self._find()[1]
         names = ("widths", "batch", "epochs", "images", "validation", "test")
         setting = {name: getattr(size, name) for name in names}
         return {"rate": round_digits(numbers["rate"]), "setting": {**setting, "widths": list(size.widths)}}
 
     def resolve(self) -> ResolvedWorkload:
-        """The workload; its data are in no file yet."""
+        """Return the workload; its data are in no file yet."""
         size = self._find()[1]
         sizes = {"train": size.images, "validation": size.validation, "test": size.test}
         return ResolvedWorkload(self, self.load(), Path(), sizes)

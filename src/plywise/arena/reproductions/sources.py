@@ -23,7 +23,7 @@ def cifar(images: int, validation: int, test: int) -> Data:
 
 
 def digits(images: int, validation: int, test: int) -> Data:
-    """The digits that come with plywise, 64 pixels in [0, 1]: the first of each part."""
+    """Return the digits that come with plywise, 64 pixels in [0, 1]: the first of each part."""
     sizes = (images, validation, test)
     parts = zip(load_digits(), sizes, strict=True)
     return Data(*(Split(part.x[:size], part.y[:size]) for part, size in parts))

@@ -61,7 +61,7 @@ class Ruling:
 def make_outcome(
     experiment: Experiment, size: str, arm: Arm, lines: Mapping[int, Line], tuning: Sequence[Line]
 ) -> Outcome:
-    """An arm's runs, summed up.
+    """Return an arm's runs, summed up.
 
     Args:
         experiment: whose arm it is.
@@ -93,7 +93,7 @@ def make_outcome(
 
 
 def read(measure: Measure, lines: Mapping[int, Line]) -> dict[int, float]:
-    """The measure of the runs that did not fail, by seed."""
+    """Return the measure of the runs that did not fail, by seed."""
     return {seed: measure.read(line) for seed, line in lines.items() if not line["failure"]}
 
 
@@ -130,7 +130,7 @@ def judge_claim(measure: Measure, claim: Claim, one: Mapping[int, Line], other: 
 
 
 def _list_merits(measure: Measure, lines: Mapping[int, Line]) -> dict[int, float | None]:
-    """What each run ended with, the higher the better; None for one that failed."""
+    """Return what each run ended with, the higher the better; None for one that failed."""
     return {
         seed: None if line["failure"] else measure.better * measure.scale(measure.read(line))
         for seed, line in lines.items()

@@ -12,7 +12,7 @@ HEADINGS = ("method", "paper", "ours (95 % interval)", "verdict")
 
 
 def make_rows(experiment: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each arm: method, the paper's number, ours, verdict."""
+    """Return a row for each arm: method, the paper's number, ours, verdict."""
     return [
         (_format_method(arm), write_number(arm["paper"]), write_ours(arm), arm["verdict"])
         for arm in experiment["arms"]
@@ -20,7 +20,7 @@ def make_rows(experiment: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def write_number(value: float | None) -> str:
-    """A number in a table.
+    """Return a number in a table.
 
     Example:
         >>> write_number(None), write_number(float("nan")), write_number(0.0123456), write_number(86.3)
@@ -60,7 +60,7 @@ def describe_claims(experiment: Mapping[str, Any]) -> list[str]:
 
 
 def make_markdown(about: Mapping[str, Any]) -> str:
-    """The whole reproduction."""
+    """Return the whole reproduction."""
     lines = [f"## {about['paper']}", ""]
     if about["unfinished"]:
         lines += [f"{about['unfinished']} runs have not been run yet.", ""]

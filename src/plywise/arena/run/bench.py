@@ -28,7 +28,7 @@ MATTERING = ("plywise", "torch", "cpu")
 
 
 def make_experiment(resolved: ResolvedBench, ledger: Ledger, design: Design | None = None) -> Experiment:
-    """The trials of a bench.
+    """Return the trials of a bench.
 
     Args:
         resolved: what is compared.
@@ -157,7 +157,7 @@ class Bench:
         self._write()
 
     def _read_same(self, path: Path) -> dict[str, Any]:
-        """What bench.json holds, if it is of this bench."""
+        """Return what bench.json holds, if it is of this bench."""
         try:
             before: dict[str, Any] = unseal(require_file(path).read_text(encoding="utf-8"))
             config = _as_json(BenchConfig.from_json(before["plan"]))

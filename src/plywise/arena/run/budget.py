@@ -74,7 +74,7 @@ def fit_config(
 
 
 def set_timeout(config: BenchConfig, costs: Costs, steps: Mapping[str, int]) -> BenchConfig:
-    """The config with a limit that its most expensive trial keeps, if it has none yet."""
+    """Return the config with a limit that its most expensive trial keeps, if it has none yet."""
     if config.timeout_s is not None:
         return config
     slowest = max(cost.run(steps[workload]) for (workload, _), cost in costs.items())

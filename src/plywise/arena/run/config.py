@@ -35,11 +35,11 @@ class TrialSource(Protocol):
         ...
 
     def load(self, data: Data) -> Workload:
-        """The workload, with data that have been read and checked before."""
+        """Return the workload, with data that have been read and checked before."""
         ...
 
     def find_method(self, name: str) -> Method:
-        """The method of that name."""
+        """Return the method of that name."""
         ...
 
     def require(self) -> None:
@@ -73,11 +73,11 @@ class ObjectSource:
         return self.workload.name
 
     def load(self, data: Data) -> Workload:
-        """The workload."""
+        """Return the workload."""
         return self.workload
 
     def find_method(self, name: str) -> Method:
-        """The method of that name."""
+        """Return the method of that name."""
         return self.methods[name]
 
     def require(self) -> None:
@@ -123,7 +123,7 @@ class WorkloadSpec:
     calls: str = ""
 
     def make(self, folder: Path | None = None) -> Workload:
-        """The workload; the user's own is made, its data are read, and both are checked.
+        """Return the workload; the user's own is made, its data are read, and both are checked.
 
         Args:
             folder: where the batches of a stream are kept. Default: the folder for temporary files.
@@ -143,7 +143,7 @@ class WorkloadSpec:
         return self.apply(find_workload(self.name))
 
     def find_method(self, name: str) -> Method:
-        """The arena's method called ``name``, or the user's at that address."""
+        """Return the arena's method called ``name``, or the user's at that address."""
         return find_method(name)
 
     def require(self) -> None:
@@ -216,7 +216,7 @@ class BenchConfig:
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> BenchConfig:
-        """The config whose ``asdict`` was kept as JSON, by this plywise or by 0.1.
+        """Return the config whose ``asdict`` was kept as JSON, by this plywise or by 0.1.
 
         Raises:
             TypeError, ValueError, KeyError: it is none.
@@ -260,7 +260,7 @@ class ResolvedWorkload:
         return ResolvedWorkload(source, workload, file, sizes, data.fingerprint())
 
     def apply(self, spec: WorkloadSpec) -> ResolvedWorkload:
-        """The same with the settings of another spec of this workload, as with more steps."""
+        """Return the same with the settings of another spec of this workload, as with more steps."""
         workload = spec.apply(self.workload)
         return replace(self, source=spec.settle(workload), workload=workload)
 
@@ -283,7 +283,7 @@ class ResolvedBench:
     _scratch: Scratch | None = None
 
     def with_config(self, config: BenchConfig) -> ResolvedBench:
-        """The same methods and data with other numbers of trials, seeds or steps."""
+        """Return the same methods and data with other numbers of trials, seeds or steps."""
         workloads = {spec.name: self.workloads[spec.name].apply(spec) for spec in config.workloads}
         return replace(self, config=config, workloads=workloads)
 

@@ -250,7 +250,7 @@ class _Worker:
         theirs.close()
 
     def begins(self) -> bool:
-        """Whether what was sent says that the trial begins; its time counts from then on."""
+        """Return whether what was sent says that the trial begins; its time counts from then on."""
         if self._begun:
             return False
         try:
@@ -261,7 +261,7 @@ class _Worker:
         return True
 
     def outcome(self) -> dict[str, Any]:
-        """The trial's line, or the line of its failure."""
+        """Return the trial's line, or the line of its failure."""
         try:
             if self.connection.poll():
                 return json.loads(self.connection.recv_bytes())

@@ -80,7 +80,7 @@ class Design:
         return self.seeds * ((DEFAULTS in self.tracks) + tuned)
 
     def seed(self, method: Method, seed: int) -> int:
-        """The seed of a method's trial: a null control has others than its original."""
+        """Return the seed of a method's trial: a null control has others than its original."""
         return seed + (self.null_offset if method.null else 0)
 
 
@@ -183,7 +183,7 @@ class Experiment:
         )
 
     def unfinished(self) -> dict[str, int | None]:
-        """How many trials of each workload have not been run; None where that is not known yet."""
+        """Return how many trials of each workload have not been run; None where that is not known yet."""
         missing: dict[str, int | None] = {}
         for name in self.workloads:
             left = sum(key not in self.ledger for keys in self._list_stages(name) for key in keys)
@@ -192,7 +192,7 @@ class Experiment:
         return missing
 
     def job(self, key: Key, *, probe: bool = False) -> TrialJob:
-        """A trial with its numbers, which may depend on the trials that have been run."""
+        """Return a trial with its numbers, which may depend on the trials that have been run."""
         workload = self.workloads[key.workload]
         tuning = key.purpose == TUNING
         return TrialJob(
@@ -209,7 +209,7 @@ class Experiment:
     # ---- which trials ------------------------------------------------------------------------------
 
     def _list_stages(self, name: str) -> Iterator[list[Key]]:
-        """A workload's trials: each list is made when the one before has been run."""
+        """Yield a workload's trials: each list is made when the one before has been run."""
         design = self.design
         most = max(map(design.count_tuning, self.methods[name]), default=0)
         *rounds, last = design.search.rounds(most)
@@ -267,7 +267,7 @@ class Experiment:
     # ---- what the ledger holds ---------------------------------------------------------------------
 
     def target(self, name: str) -> float | None:
-        """A workload's target: its own, or what the baselines' tuning gives."""
+        """Return a workload's target: its own, or what the baselines' tuning gives."""
         stored = self.workloads[name].workload.target
         if stored is not None:
             return stored
@@ -283,7 +283,7 @@ class Experiment:
         ]
 
     def tuning(self, workload: str, method: str) -> list[TrialRecord]:
-        """An arm's tuning trials that the ledger holds."""
+        """Return an arm's tuning trials that the ledger holds."""
         return [line for line in self.lines(workload, method) if line["purpose"] == TUNING]
 
     def _note_cost(self, line: TrialRecord, start_s: float) -> None:
@@ -294,7 +294,7 @@ class Experiment:
             self.costs[pair] = Cost(line["wall"][-1] / line["steps"][-1], start_s + line["measuring"])
 
     def _is_tuned(self, name: str) -> bool:
-        """Whether every tuning trial of a workload has been run."""
+        """Return whether every tuning trial of a workload has been run."""
         return all(len(self.tuning(name, m.name)) >= self.design.count_tuning(m) for m in self.methods[name])
 
     def _list_kept_keys(self) -> Iterator[Key]:
@@ -305,7 +305,7 @@ class Experiment:
                 yield key
 
     def _count_kept(self) -> Counter[tuple[str, str, str]]:
-        """How many trials of each workload, method and purpose the ledger holds."""
+        """Return how many trials of each workload, method and purpose the ledger holds."""
         return Counter((key.workload, key.method, key.purpose) for key in self._list_kept_keys())
 
 

@@ -98,7 +98,7 @@ class TrialJob:
 
 
 def make_context(workload: Workload, data: Data, job: TrialJob) -> TrialContext:
-    """What the method gets; called with the seed set, so that the weights depend on it alone."""
+    """Return what the method gets; called with the seed set, so that the weights depend on it alone."""
     return TrialContext(
         model=workload.make_model().to(job.device),
         task=workload.task,

@@ -95,7 +95,7 @@ class Ledger:
 
 
 def read(path: Path, again: str = "The command that wrote them") -> Iterator[dict[str, Any]]:
-    """The trials of a file; none if it is not there.
+    """Yield the trials of a file; none if it is not there.
 
     A last line without its end is just being written, or was cut off by a crash: it is not a trial.
 

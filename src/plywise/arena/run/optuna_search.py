@@ -31,12 +31,12 @@ class OptunaSearch:
         self._optuna = import_extra("optuna", need)
 
     def rounds(self, trials: int) -> list[range]:
-        """The design at once, and then one trial of every method after the other."""
+        """Return the design at once, and then one trial of every method after the other."""
         design = min(trials, DESIGN)
         return [range(design), *(range(trial, trial + 1) for trial in range(design, trials))]
 
     def numbers(self, space: Space, trial: int, past: Sequence[TrialRecord]) -> dict[str, float]:
-        """The point that Optuna suggests after the trials before this one."""
+        """Return the point that Optuna suggests after the trials before this one."""
         if trial < DESIGN:
             return draw_points(space, trial + 1)[trial]
         optuna = self._optuna
@@ -54,7 +54,7 @@ class OptunaSearch:
         return {name: min(max(rounded[name], one.low), one.high) for name, one in space.items()}
 
     def _convert(self, line: TrialRecord, ranges: Mapping[str, Any], space: Space) -> Any:
-        """A trial of the ledger as one of Optuna's."""
+        """Return a trial of the ledger as one of Optuna's."""
         trial = self._optuna.trial
         best = find_best(line)
         ended = line["failure"] is None and math.isfinite(best)

@@ -138,7 +138,7 @@ class RayExecutor:
 def _work(
     job: TrialJob, data: Data, threads: int, timeout_s: float, place: tuple[str, tuple[str, ...]]
 ) -> dict[str, Any]:
-    """The task of Ray's process: start the trial in another process, and wait for it."""
+    """Run a trial as a task of Ray: start it in another process, and wait for it."""
     folder, path = place
     if Path(folder).is_dir():
         os.chdir(folder)
@@ -155,7 +155,7 @@ def _work(
 
 
 def _connect(address: str) -> Any:
-    """The module `ray`, connected."""
+    """Return the module `ray`, connected."""
     ray = import_extra("ray", "--ray needs Ray: pip install 'plywise[ray]'.")
     if ray.is_initialized():
         return ray

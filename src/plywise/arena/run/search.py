@@ -19,7 +19,7 @@ class Search(Protocol):
         ...
 
     def numbers(self, space: Space, trial: int, past: Sequence[TrialRecord]) -> dict[str, float]:
-        """The numbers of a trial.
+        """Return the numbers of a trial.
 
         Args:
             space: what is tuned of the method.
@@ -48,7 +48,7 @@ class Sobol:
 
 
 def find_search(name: str) -> Search:
-    """The search called ``name``.
+    """Return the search called ``name``.
 
     Raises:
         PlywiseError: there is none, or it needs what is not installed.

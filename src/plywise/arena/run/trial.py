@@ -62,7 +62,7 @@ class TrialResult:
         return self.loss[-1] if self.loss and self.failure is None else None
 
     def as_dict(self) -> dict[str, Any]:
-        """The record as JSON can say it: what is not finite is None, and ``failure`` says why."""
+        """Return the record as JSON can say it: what is not finite is None, and ``failure`` says why."""
         return map_floats(asdict(self), drop_infinite)
 
 
@@ -134,7 +134,7 @@ class _Progress:
     wall: float = 0.0
 
     def take_step(self, trainer: Trainer, x: Any, y: Any) -> float:
-        """The loss of one more step."""
+        """Take one more step; return its loss."""
         self.step += 1
         cpu, wall = time.process_time(), time.perf_counter()
         loss = trainer.step(x, y)

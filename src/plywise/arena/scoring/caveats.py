@@ -73,7 +73,7 @@ def _note_resumed(results: BenchResults) -> list[str]:
 
 
 def _note_guesses(results: BenchResults) -> list[str]:
-    """What was guessed about the user's data, with the flags that overrule it."""
+    """Return what was guessed about the user's data, with the flags that overrule it."""
     about = results.bench["workloads"].values()
     return list(dict.fromkeys(guess for one in about for guess in one.get("guesses", ())))
 
@@ -157,7 +157,7 @@ def _find_edges(results: BenchResults) -> list[str]:
 
 
 def is_at_edge(value: float, one: Mapping[str, Any]) -> bool:
-    """Whether a number lies in the outer twentieth of its range, as bench.json has it.
+    """Return whether a number lies in the outer twentieth of its range, as bench.json has it.
 
     Example:
         >>> one = {"low": 1e-3, "high": 1.0, "log": True}

@@ -352,7 +352,7 @@ def _advise_tuned(results: BenchResults, track: str, rankings: dict[str, list[Me
 
 
 def format_span(ratio: Interval) -> str:
-    """A ratio with its limits.
+    """Return a ratio with its limits.
 
     Example:
         >>> format_span(Interval(0.412, 0.5, float("inf"), "≥"))

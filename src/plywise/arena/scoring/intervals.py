@@ -47,7 +47,7 @@ class Interval(NamedTuple):
     mark: str = ""
 
     def apart(self, noise: float = 1.0) -> bool:
-        """Whether a ratio differs from 1 beyond noise.
+        """Return whether a ratio differs from 1 beyond noise.
 
         The interval must not contain 1, and the value must be further from 1 than ``noise``, the furthest
         limit of a null control.
@@ -143,7 +143,7 @@ def resample_times(
 
 
 def bound_ratio(mine: Timed, other: Timed) -> Interval | None:
-    """The quotient of two median times, of which either may be a miss.
+    """Return the quotient of two median times, of which either may be a miss.
 
     A miss took longer than the whole run, by an unknown time. So a missed numerator gives a
     lower bound (marked ≥), a missed denominator an upper one (≤), with the run's whole budget in the miss's
@@ -166,7 +166,7 @@ def bound_ratio(mine: Timed, other: Timed) -> Interval | None:
 
 
 def bound_mean_ratio(pairs: Sequence[tuple[Timed, Timed]]) -> Interval | None:
-    """The geometric mean of quotients over workloads; misses enter as in `bound_ratio`.
+    """Return the geometric mean of quotients over workloads; misses enter as in `bound_ratio`.
 
     Pairs where both missed say nothing and are left out; reports show how many pairs remain.
 

@@ -107,7 +107,7 @@ def compare_methods(results: BenchResults) -> list[MethodOnWorkload]:
 
 
 def rank_methods(results: BenchResults, track: str, clock: str) -> list[MethodRanking]:
-    """All methods of a track on a clock by the areas under their profiles, the best first.
+    """Return all methods of a track on a clock by the areas under their profiles, the best first.
 
     A method is judged on the workloads that it was run on and, as a miss, on those that it does not fit.
     Workloads whose targets are too easy do not count (see `plywise.arena.scoring.targets.Target.ranks`).
@@ -280,7 +280,7 @@ def _rank(name: str, ranked: list[str], values: dict[str, float], draws: dict[st
 
 
 def _pair_with_peers(results: BenchResults, track: str, clock: str, method: str) -> list[tuple[Timed, Timed]]:
-    """A method's times and its peers', workload by workload."""
+    """Return a method's times and its peers', workload by workload."""
     found = [(results.cells.get((track, w, method)), results.peer(w, clock)) for w in results.ranked]
     return [(cell.times[clock], peer.times[clock]) for cell, peer in found if cell and peer]
 
@@ -306,7 +306,7 @@ def _list_known_pairs(results: BenchResults, track: str, clock: str, null: str) 
 
 
 def _reach(ratio: Interval | None) -> float:
-    """How far from 1 an interval reaches, to either side."""
+    """Return how far from 1 an interval reaches, to either side."""
     return max(ratio.high, 1 / ratio.low) if ratio and ratio.low else math.inf
 
 

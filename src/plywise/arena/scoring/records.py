@@ -21,5 +21,5 @@ class Key(NamedTuple):
 
 
 def make_key(line: dict[str, Any]) -> Key:
-    """The key of a line."""
+    """Return the key of a line."""
     return Key(*(line[name] for name in Key._fields))

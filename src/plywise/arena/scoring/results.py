@@ -93,7 +93,7 @@ class BenchResults:
         return None
 
     def trials(self, workload: str, method: str) -> list[TrialRecord]:
-        """All trials of a method on a workload, of whatever purpose."""
+        """Return all trials of a method on a workload, of whatever purpose."""
         cells = [self.cells.get((track, workload, method)) for track in TRACKS]
         finals = {make_key(run): run for cell in cells if cell for run in cell.runs}
         return [*self.tuning.get((workload, method), []), *finals.values()]
@@ -147,7 +147,7 @@ def gather_results(bench: dict[str, Any], lines: Iterable[TrialRecord]) -> Bench
 
 
 def time_step(lines: Iterable[TrialRecord], clock: str = "cpu") -> float | None:
-    """A step by a clock, as in processor seconds: the median of some trials; None if none was timed.
+    """Return a step by a clock, as in processor seconds: the median of some trials; None if none was timed.
 
     Example:
         >>> time_step([{"steps": [0, 10], "cpu": [0.0, 0.5]}, {"steps": [0], "cpu": [0.0]}])
@@ -194,7 +194,7 @@ def _make_cell(
     bench: dict[str, Any],
     generator: np.random.Generator,
 ) -> Cell:
-    """A cell; ``others`` are the trials of its method, and all on its workload."""
+    """Return a cell; ``others`` are the trials of its method, and all on its workload."""
     about = bench["workloads"].get(runs[0]["workload"], {})
     steps, between = about.get("steps") or longest, about.get("measure_every") or 0
     times = {}

@@ -13,7 +13,7 @@ CLOCKS = ("steps", "gradients", "cpu", "wall")
 
 
 def find_best(line: TrialRecord) -> float:
-    """The lowest validation metric that a trial ever measured; infinity if it measured none.
+    """Return the lowest validation metric that a trial ever measured; infinity if it measured none.
 
     Example:
         >>> find_best({"validation": [0.9, None, 0.2, 0.3]})
@@ -41,7 +41,7 @@ def find_last(line: TrialRecord) -> float:
 
 
 def is_trained(line: TrialRecord) -> bool:
-    """Whether a trial was measured after a step; measurements before say nothing about its method.
+    """Return whether a trial was measured after a step; measurements before say nothing about its method.
 
     Example:
         >>> is_trained({"steps": [0, 20]}), is_trained({"steps": [0]}), is_trained({"steps": []})

@@ -5,7 +5,7 @@ NAMED = 4
 
 
 def format_count(number: int, what: str) -> str:
-    """A number of things, as in "3 seeds".
+    """Return a number of things, as in "3 seeds".
 
     Example:
         >>> format_count(1, "seed"), format_count(2, "seed")
@@ -15,7 +15,7 @@ def format_count(number: int, what: str) -> str:
 
 
 def join(names: list[str]) -> str:
-    """The first of some names with commas and an "and", and how many others there are.
+    """Return the first of some names with commas and an "and", and how many others there are.
 
     Example:
         >>> join(["a", "b"]), join(["a", "b", "c", "d", "e", "f"])

@@ -81,7 +81,7 @@ ORDINALS = {1: "best", 2: "2nd best", 3: "3rd best"}
 
 
 def make_target(bench: dict[str, Any], workload: str, lines: Collection[TrialRecord]) -> Target:
-    """The target of a workload in a bench: the stored one, or what its baselines' tuning trials give.
+    """Return the target of a workload in a bench: the stored one, or what its baselines' tuning trials give.
 
     Args:
         bench: what bench.json holds.
@@ -145,7 +145,7 @@ def choose_target(lines: Iterable[TrialRecord], baselines: Collection[str]) -> f
 
 
 def choose_loose_target(lines: Iterable[TrialRecord], baselines: Collection[str]) -> float | None:
-    """A target that a middling setting reaches: the median of the baselines' tuning trials.
+    """Return a target that a middling setting reaches: the median of the baselines' tuning trials.
 
     It distinguishes a method that is fast but ends too high from a slow one.
 
@@ -172,14 +172,14 @@ def _list_tuning(lines: Iterable[TrialRecord], baselines: Collection[str]) -> li
 
 
 def _list_early_values(trials: list[TrialRecord]) -> list[float]:
-    """The best early validation metrics of the trials that measured any, ascending."""
+    """Return the best early validation metrics of the trials that measured any, ascending."""
     until = EARLY * max((line["steps"][-1] for line in trials if line["steps"]), default=0)
     best = [find_early(line, until) for line in trials]
     return sorted(value for value in best if math.isfinite(value))
 
 
 def _measure_untrained(lines: Iterable[TrialRecord]) -> float | None:
-    """The median validation metric before the first step; None where no trial measured it."""
+    """Return the median validation metric before the first step; None where no trial measured it."""
     first = [line["validation"][0] for line in lines if line["validation"] and line["steps"][0] == 0]
     values = [value for value in first if value is not None]
     return statistics.median(values) if values else None

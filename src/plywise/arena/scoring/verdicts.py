@@ -24,7 +24,7 @@ Runs = Mapping[int, float | None]
 
 
 def student(freedom: int) -> float:
-    """The factor of a 95 % interval.
+    """Return the factor of a 95 % interval.
 
     Example:
         >>> student(2)
@@ -53,7 +53,7 @@ def bound_mean(values: Sequence[float], more: float = 0.0) -> tuple[float, float
 
 
 def compare_runs(ours: Runs, theirs: Runs, *, noise: float = 0.0, within: float | None = None) -> str:
-    """Whether the runs of one method ended better than those of another.
+    """Return whether the runs of one method ended better than those of another.
 
     A failure is worse than any number; it decides only where every run of one method failed and none of the
     other.
@@ -91,7 +91,7 @@ def compare_runs(ours: Runs, theirs: Runs, *, noise: float = 0.0, within: float 
 
 
 def find_noise(control: Runs, original: Runs) -> float:
-    """How far a null control is from its original in the mean; infinite where a run of them failed."""
+    """Return how far a null control is from its original in the mean; infinite where a run of them failed."""
     differences = _subtract(control, original)
     if not differences or len(differences) < len(control):
         return math.inf

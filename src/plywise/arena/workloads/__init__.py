@@ -39,7 +39,7 @@ SETS = {"quick": QUICK, "standard": STANDARD, "related": RELATED}
 
 
 def list_workloads(words: str | Sequence[str], hidden_seed: int | None = None) -> list[str]:
-    """The names of workloads that a user asks for.
+    """Return the names of workloads that a user asks for.
 
     Args:
         words: ``quick``, ``standard``, ``related`` or ``hidden``; or names, or one text of names with commas.
@@ -66,7 +66,7 @@ def list_workloads(words: str | Sequence[str], hidden_seed: int | None = None) -
 
 
 def find_workload(name: str) -> Workload:
-    """The workload called ``name``, whatever its letters' case, with its target if it has one.
+    """Return the workload called ``name``, whatever its letters' case, with its target if it has one.
 
     Raises:
         PlywiseError: there is none; the message suggests the nearest.
@@ -92,7 +92,7 @@ def find_workload(name: str) -> Workload:
 
 
 def targets() -> dict[str, dict[str, Any]]:
-    """What ``targets.json`` holds, by workload.
+    """Return what ``targets.json`` holds, by workload.
 
     Example:
         >>> set(targets()) <= set(WORKLOADS)

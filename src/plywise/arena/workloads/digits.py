@@ -18,12 +18,12 @@ def digits() -> Data:
 
 
 def digit_images() -> Data:
-    """The digits as images (1, 8, 8)."""
+    """Return the digits as images (1, 8, 8)."""
     return Data(*(Split(part.x.view(-1, 1, 8, 8), part.y) for part in load_digits()))
 
 
 def digits_themselves() -> Data:
-    """The digits as inputs and targets."""
+    """Return the digits as inputs and targets."""
     return Data(*(Split(part.x, part.x) for part in load_digits()))
 
 

@@ -6,7 +6,6 @@ that the name is enough to make the same workload on another machine. Targets co
 same bench.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -15,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from plywise._util.seeded import make_seed
 from plywise.arena.task import CLASSIFICATION, REGRESSION, Task
 from plywise.arena.workload import Workload
 from plywise.arena.workloads.networks import conv_net, mlp
@@ -36,8 +36,7 @@ class Draws:
     """
 
     def __init__(self, kind: str, seed: int) -> None:
-        digest = hashlib.blake2b(f"{kind} {seed}".encode(), digest_size=7).digest()
-        self.generator = torch.Generator().manual_seed(int.from_bytes(digest))
+        self.generator = torch.Generator().manual_seed(make_seed(f"{kind} {seed}", 7))
 
     def normal(self, *shape: int) -> Tensor:
         """Normal numbers in float64."""
@@ -52,11 +51,11 @@ class Draws:
         return torch.randint(low, high + 1, shape, generator=self.generator)
 
     def choice(self, *values: CHOICE) -> CHOICE:
-        """One of some values."""
+        """Return one of some values."""
         return values[int(self.whole(0, len(values) - 1))]
 
     def order(self, count: int) -> Tensor:
-        """A permutation."""
+        """Return a permutation."""
         return torch.randperm(count, generator=self.generator)
 
     def network(self, x: Tensor, hidden: int, outputs: int) -> Tensor:
@@ -98,7 +97,7 @@ def regression_table(seed: int) -> Data:
 
 @lru_cache(maxsize=8)
 def class_table(seed: int) -> Data:
-    """A table with outliers whose rows are of three to seven classes, some of them rare."""
+    """Return a table with outliers whose rows are of three to seven classes, some of them rare."""
     draws = Draws("classes", seed)
     x, factors = _make_table(draws)
     classes = int(draws.whole(3, 7))
@@ -176,7 +175,7 @@ def paired_digits(seed: int) -> Data:
 
 
 def make_workload(kind: str, seed: int) -> Workload:
-    """A workload whose network, length and batches follow from the seed, as its data do.
+    """Return a workload whose network, length and batches follow from the seed, as its data do.
 
     Args:
         kind: one of ``KINDS``.

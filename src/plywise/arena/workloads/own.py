@@ -65,7 +65,7 @@ def own_workload(
     blocks: int | None = None,
     folder: Path | None = None,
 ) -> Workload:
-    """A workload of a user's model and data.
+    """Return a workload of a user's model and data.
 
     The task follows from the targets: classes (N,), tokens (N, T), or floating-point numbers. Numbers (N,)
     and (N, 1) are converted to the shape of the model's output. A model that takes the targets with a dict of
@@ -153,7 +153,7 @@ def _say_how(calls: str) -> str:
 
 
 def _targets(part: Part) -> Tensor:
-    """The targets of a part, or of its first batches, where those of a stream are not of one shape."""
+    """Return the targets of a part, or of its first batches, where those of a stream are not of one shape."""
     if isinstance(part, Split):
         return part.y
     targets = next(iter(part.chunks(2)))[1]
@@ -343,7 +343,7 @@ def _check_judge(judge: Callable[..., Any], what: str, output: Tensor, y: Tensor
 
 
 def _blocks(network: nn.Module, example: Batch, classes: int, wanted: int | None) -> int:
-    """How many blocks the network is cut into; what was asked for must be possible."""
+    """Return how many blocks the network is cut into; what was asked for must be possible."""
     network = unwrap_model(network)
     if wanted is not None:
         if wanted > 0:

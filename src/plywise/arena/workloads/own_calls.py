@@ -30,7 +30,7 @@ GIVE_LOSS = (STEP, OWN_LOSS, OWN_ERROR)
 
 
 def find_calls(network: nn.Module, train: Part, step: str, loss: str) -> str:
-    """How a model is to be called with these data, tried on two samples, or on a batch of a stream.
+    """Return how a model is to be called with these data, tried on two samples, or on a batch of a stream.
 
     Args:
         network: the model. It stays as it is.
@@ -100,7 +100,7 @@ def judge_scores(judge: Judge, model: nn.Module, batch: Any) -> Tensor:
 
 
 def step_task(calls: str, metric: str) -> Task:
-    """The task of a model that is called by a step function, or returns its own loss."""
+    """Return the task of a model that is called by a step function, or returns its own loss."""
     name = "error rate" if calls == OWN_ERROR else "loss"
     return Task(step_loss, step_metric, metric or name)
 

@@ -50,7 +50,7 @@ def energy_distance(samples: Tensor, data: Tensor) -> Tensor:
 
 
 def _measure_distance(rows: Tensor) -> Tensor:
-    """The mean distance of two different rows."""
+    """Return the mean distance of two different rows."""
     return torch.pdist(rows).mean()
 
 

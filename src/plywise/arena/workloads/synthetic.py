@@ -60,7 +60,7 @@ def round_to_grid(values: Tensor) -> Tensor:
 
 
 def make_model() -> nn.Module:
-    """One linear layer, no bias: its 100 weights are the quadratic's variables."""
+    """Return one linear layer, no bias: its 100 weights are the quadratic's variables."""
     return nn.Linear(DIMENSIONS, 1, bias=False)
 
 

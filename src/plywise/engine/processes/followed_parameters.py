@@ -159,7 +159,7 @@ def _find_spread(module: nn.Module | None, name: str) -> Any:
 
 
 def _explain_spread(parameter: Any, source: Any, mesh: Any, remembers: bool) -> str:
-    """Why a parameter that is spread over processes is left to the optimizer, or ""."""
+    """Return why a parameter that is spread over processes is left to the optimizer, or ""."""
     if source is None:
         return SPREAD
     if source.is_dtensor:

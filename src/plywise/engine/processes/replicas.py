@@ -112,9 +112,14 @@ def deal_out(costs: Mapping[K, float], load: list[float]) -> dict[K, int]:
     return owner
 
 
+def find_running_wrapper() -> DistributedDataParallel | None:
+    """Return the DistributedDataParallel whose forward is running, if any."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
 def find_data_parallel_group() -> dist.ProcessGroup | None:
-    """Return the process group of the DistributedDataParallel whose forward is running, if any."""
-    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    """Return the processes of the DistributedDataParallel whose forward is running, if any."""
+    wrapper = find_running_wrapper()
     return None if wrapper is None else wrapper.process_group
 
 
@@ -128,7 +133,7 @@ def find_training_group(entries: "Iterable[ParameterEntry]") -> dist.ProcessGrou
 
 def is_joining() -> bool:
     """Return whether the DistributedDataParallel whose forward runs is inside ``with ddp.join()``."""
-    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    wrapper = find_running_wrapper()
     return wrapper is not None and wrapper._join_config.enable
 
 

@@ -39,7 +39,7 @@ class Piece:
         return Piece(self.nodes + following.nodes, self.source, following.result)
 
     def name_parameters(self, model: nn.Module) -> set[str]:
-        """The parameters and buffers that it uses, by the names that they have in the model."""
+        """Return the parameters and buffers that it uses, by the names that they have in the model."""
         return {name for name, _ in collect_tensors(model, self.nodes)}
 
     def assemble(self, model: nn.Module) -> nn.Module:
@@ -125,12 +125,12 @@ def collect_tensors(model: nn.Module, nodes: Iterable[fx.Node]) -> Iterator[tupl
 
 
 def learns(model: nn.Module, nodes: Iterable[fx.Node]) -> bool:
-    """Whether some operations have parameters."""
+    """Return whether some operations have parameters."""
     return any(isinstance(tensor, nn.Parameter) for _, tensor in collect_tensors(model, nodes))
 
 
 def _survey(module: nn.Module, path: str, reasons: list[str]) -> tuple[int, set[nn.Module]]:
-    """How many pieces with parameters a module has, and which modules are to be opened to see them."""
+    """Return how many pieces with parameters a module has, and which modules are to be opened to see them."""
     name = f"{path!r} ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
     whole = int(any(True for _ in module.parameters())), set[nn.Module]()
     try:
@@ -155,7 +155,7 @@ def _survey(module: nn.Module, path: str, reasons: list[str]) -> tuple[int, set[
 
 
 def _look_into(module: nn.Module) -> list[Piece]:
-    """The pieces of a module with its children as they are."""
+    """Return the pieces of a module with its children as they are."""
     if fx.Tracer().is_leaf_module(module, ""):
         raise StaysWholeError("it is a layer of torch's own")
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -173,7 +173,7 @@ def _look_into(module: nn.Module) -> list[Piece]:
 
 
 def _is_row(piece: Piece) -> bool:
-    """Whether a piece is modules that follow one another."""
+    """Return whether a piece is modules that follow one another."""
     befores = (piece.source, *piece.nodes)
     return piece.result is piece.nodes[-1] and all(
         node.op == "call_module" and node.args == (before,) and not node.kwargs

@@ -40,7 +40,7 @@ class Spine:
     widths: tuple[int, ...]
 
     def name_parameters(self, model: nn.Module, unit: int) -> set[str]:
-        """The parameters of a unit: what is before the layers, a layer, or what is after them."""
+        """Return the parameters of a unit: what is before the layers, a layer, or what is after them."""
         if unit == 0:
             return set(self.before)
         if unit == len(self.names) + 1:
@@ -68,7 +68,7 @@ class SpineUnit:
         return SpineUnit(self.spine, self.start, following.stop)
 
     def name_parameters(self, model: nn.Module) -> set[str]:
-        """The parameters in it, by the names that they have in the model."""
+        """Return the parameters in it, by the names that they have in the model."""
         return set().union(*(self.spine.name_parameters(model, i) for i in range(self.start, self.stop)))
 
     def assemble(self, model: nn.Module) -> nn.Module:
@@ -139,12 +139,12 @@ class _Ending(_Stand):
 
 
 def find_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The activations among a layer's arguments: the first tensor."""
+    """Return the activations among a layer's arguments: the first tensor."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def find_output(output: Any) -> Tensor:
-    """The activations in what a layer returns: the tensor, or the first one of a tuple."""
+    """Return the activations in what a layer returns: the tensor, or the first one of a tuple."""
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -165,7 +165,7 @@ class SpineBlock(nn.Module):
         self.__dict__["_around"] = [module for module in model.modules() if module not in known]
 
     def forward(self, s: Tensor, carried: Batch = None) -> Tensor:
-        """The activations after the last layer of the block, or the model's scores."""
+        """Return the activations after the last layer of the block, or the model's scores."""
         if carried is None:
             raise BlockError(
                 "This block takes the model's inputs beside the signal, and this learner hands on one tensor "
@@ -315,7 +315,7 @@ class _Calls:
         return record
 
     def why_not(self, samples: int) -> str:
-        """Why the row is not one of layers on top of each other; "" if it is."""
+        """Return why the row is not one of layers on top of each other; "" if it is."""
         if self._called != list(range(self._count)):
             return f"its {self._count} layers are called in the order {self._called[:6] or 'of none'}"
         if not self._fault and self._last is not None and len(self._last) != samples:
@@ -328,14 +328,14 @@ class _Calls:
 
 
 def find_first(output: Any) -> Any:
-    """A value, or the first one of a tuple."""
+    """Return a value, or the first one of a tuple."""
     return output[0] if isinstance(output, tuple | list) and output else output
 
 
 def _find_used(
     model: nn.Module, spine: Spine, start: int, stop: int, outside: dict[str, nn.Parameter], example: Batch
 ) -> set[str]:
-    """The parameters outside of the layers that a unit's output depends on."""
+    """Return the parameters outside of the layers that a unit's output depends on."""
     frozen = [p for p in outside.values() if not p.requires_grad and p.is_floating_point()]
     for parameter in frozen:
         parameter.requires_grad_()

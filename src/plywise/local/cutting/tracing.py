@@ -20,7 +20,7 @@ class StaysWholeError(Exception):
 
 
 def trace(model: nn.Module, opened: set[nn.Module]) -> fx.Graph:
-    """The graph of a model's forward on one input, valid in train and in eval mode.
+    """Return the graph of a model's forward on one input, valid in train and in eval mode.
 
     Args:
         model: the model; it stays as it is.
@@ -39,7 +39,7 @@ class TrainingFlag(nn.Module):
     """Says whether its block is in training: what ``self.training`` was in a forward that became a graph."""
 
     def forward(self) -> bool:
-        """The mode."""
+        """Return the mode."""
         return self.training
 
 
@@ -58,7 +58,7 @@ class ChainTracer(fx.Tracer):
         return m not in self._opened
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """One input; further arguments take their defaults, as they do in ``model(x)``."""
+        """Return one input; further arguments take their defaults, as they do in ``model(x)``."""
         return root_fn, [self.root, self.create_proxy("placeholder", "input", (), {})]
 
     def create_arg(self, a: Any) -> Any:
@@ -112,7 +112,7 @@ def _keep_untouched(modules: Collection[nn.Module]) -> Iterator[None]:
 
 
 def _place(error: Exception) -> str:
-    """Where in the user's code an error arose."""
+    """Return where in the user's code an error arose."""
     ours = (str(Path(torch.__file__).parent), __file__)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith(ours):

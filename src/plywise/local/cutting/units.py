@@ -26,7 +26,7 @@ ADVICE = "pass blocks of your own: Blocks([...], example)"
 
 
 def find_units(model: nn.Module, example: Batch) -> tuple[Sequence[Unit], list[str]]:
-    """The units of a model, each with a parameter. The model stays as it is.
+    """Return the units of a model, each with a parameter. The model stays as it is.
 
     They come from a trace by torch.fx, or are the layers that its forward calls in a loop, whichever are
     more.
@@ -70,7 +70,7 @@ def _has_longer_row(model: nn.Module, count: int) -> bool:
 
 
 def _loop_units(model: nn.Module, example: Batch) -> tuple[Sequence[Unit], list[str]]:
-    """The layers that a model's forward calls in a loop, tried on an example.
+    """Return the layers that a model's forward calls in a loop, tried on an example.
 
     Raises:
         StaysWholeError: there are none, or blocks of them do not do what the model does.
@@ -97,7 +97,7 @@ def _loop_units(model: nn.Module, example: Batch) -> tuple[Sequence[Unit], list[
 
 
 def _trace_units(model: nn.Module, example: Tensor) -> tuple[Sequence[Unit], list[str]]:
-    """What a trace by torch.fx shows.
+    """Return what a trace by torch.fx shows.
 
     Raises:
         StaysWholeError: there is none.
@@ -122,7 +122,7 @@ def _trace_units(model: nn.Module, example: Tensor) -> tuple[Sequence[Unit], lis
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A copy to try things on, without gradients.
+    """Return a copy to try things on, without gradients.
 
     Raises:
         BlockError: the model cannot be copied.
@@ -185,7 +185,7 @@ def _find_unsound(model: nn.Module, pieces: list[Piece], example: Tensor) -> dic
 
 
 def _run_whole(model: nn.Module, example: Tensor) -> Tensor:
-    """The output of a whole model, which must have a row for each sample."""
+    """Return the output of a whole model, which must have a row for each sample."""
     try:
         with own_randomness(model, example):
             output: Tensor = model(example.clone())
@@ -198,7 +198,7 @@ def _run_whole(model: nn.Module, example: Tensor) -> Tensor:
 
 
 def _run_pieces(pieces: list[Piece], parts: list[nn.Module], example: Tensor) -> tuple[Any, dict[int, str]]:
-    """The output of the pieces one after the other, and what is wrong with the cuts between them."""
+    """Return the output of the pieces one after the other, and what is wrong with the cuts between them."""
     values, versions = [example.clone()], list[int]()
     faults: dict[int, str] = {}
     for number, (piece, part) in enumerate(zip(pieces, parts, strict=True)):
