@@ -89,6 +89,64 @@ def test_an_ellipsis_of_both_operands_names_experts(shape: tuple[int, ...]) -> N
     assert torch.equal(gradients[0], gradients[2])
 
 
+CONTRACTIONS: dict[str, tuple[Forward, str, tuple[int, ...], tuple[int, ...]]] = {
+    "tensordot": (lambda s, x: torch.tensordot(x, s.w, 1), "nti,io->nto", (7, 3, 5), (5, 4)),
+    "tensordot of axes": (
+        lambda s, x: torch.tensordot(x, s.w, dims=([1, -1], [0, 1])),
+        "nti,tio->no",
+        (7, 3, 5),
+        (3, 5, 4),
+    ),
+    "tensordot from the left": (
+        lambda s, x: torch.tensordot(s.w, x, dims=([1], [1])),
+        "oi,ni->on",
+        (7, 5),
+        (4, 5),
+    ),
+    "inner": (lambda s, x: torch.inner(x, s.w), "nti,oi->nto", (7, 3, 5), (4, 5)),
+    "linalg.matmul": (lambda s, x: torch.linalg.matmul(x, s.w), "ni,io->no", (7, 5), (5, 4)),
+    "a stack and a batch": (lambda s, x: x @ s.w, "nbei,eio->nbeo", (7, 2, 3, 1, 5), (3, 5, 4)),
+    "a stack from the left": (lambda s, x: s.w @ x[..., None], "nei,eoi->neo", (7, 3, 5), (3, 4, 5)),
+    "a stack of one": (lambda s, x: x @ s.w[None, None], "ni,io->no", (7, 1, 1, 5), (5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CONTRACTIONS)
+@pytest.mark.parametrize(
+    "rule", [pw.ProxProp(), pw.BackMatching(mode="exact"), pw.Foof(**MEMORY, sample=1)], ids=str
+)
+def test_a_contraction_is_an_einsum(name: str, rule: pw.Rule) -> None:
+    run, equation, of_x, of_weight = CONTRACTIONS[name]
+
+    def run_einsum(s: Net, x: Tensor) -> Tensor:
+        flat = x.reshape([size for size in x.shape if size > 1])
+        return torch.einsum(equation, flat, s.w)
+
+    x, found = draw(*of_x).double().requires_grad_(), []
+    for forward in (run, run_einsum):
+        torch.manual_seed(0)
+        model = Net(forward, w=of_weight).double()
+        model.w.data.copy_(torch.linspace(-1, 1, model.w.numel()).view(of_weight))
+        optimizer = sgd(model)
+        attached = copy.copy(rule).attach(model, optimizer)
+        for _ in range(3):
+            x.grad = None
+            step(model, optimizer, x)
+        assert attached.explain().share == 1
+        found.append((model.w.detach().clone(), x.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+def test_what_no_reader_takes_is_computed_by_torch() -> None:
+    model = Net(lambda s, x: torch.tensordot(x, s.w, ([1, 0], [1, 0])) + x @ s.v, w=(7, 5), v=(5,))
+    rule = pw.ProxProp().attach(model)
+    model(draw(7, 5)).sum().backward()
+    reasons = {row.keys[0]: row.reason for row in rule.explain().rows if row.keys}
+    assert "tensordot, which is not read as a linear map" in reasons["w"]
+    assert "matmul" in reasons["v"]
+    assert "used by matmul as a vector" in reasons["v"]
+
+
 @pytest.mark.parametrize("equation", ["bi,oi->bo", "bi,eoi->beo", "...bin,oi->bo", "bi->b"])
 def test_a_wrong_einsum_is_refused_in_torchs_words(equation: str) -> None:
     def raise_error() -> str:

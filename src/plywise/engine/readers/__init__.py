@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plywise.engine.readers.attention import read_attention
 from plywise.engine.readers.common import Reader
+from plywise.engine.readers.contractions import read_inner, read_matmul, read_tensordot
 from plywise.engine.readers.convolutions import read_convolution, read_transposed_convolution
 from plywise.engine.readers.einsum import read_einsum, read_grouped_product
 from plywise.engine.readers.lookups import read_bilinear, read_embedding, read_embedding_bag
@@ -34,10 +35,13 @@ from plywise.engine.readers.products import (
 
 READERS: dict[Any, Reader] = {
     LINEAR: read_linear,
+    **dict.fromkeys((torch.mm, Tensor.mm), read_product),
     **dict.fromkeys(
-        (torch.mm, torch.bmm, torch.matmul, Tensor.mm, Tensor.bmm, Tensor.matmul, Tensor.__matmul__),
-        read_product,
+        (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.linalg.matmul, torch.bmm, Tensor.bmm),
+        read_matmul,
     ),
+    torch.tensordot: read_tensordot,
+    **dict.fromkeys((torch.inner, Tensor.inner), read_inner),
     Tensor.__rmatmul__: read_reversed_product,
     **dict.fromkeys((torch.addmm, Tensor.addmm), read_addmm),
     **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), read_baddbmm),

@@ -1,7 +1,8 @@
 """Einsums of an input and a weight, and grouped products of tokens with experts."""
 
 import string
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -74,10 +75,10 @@ def read_einsum(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
     """Read ``torch.einsum`` of an input and a weight, with or without experts."""
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
     if isinstance(args[0], str) and len(operands) == 2 and not kwargs:
-        for place in (1, 0):
-            output = _capture_einsum(capture, args[0], operands, place)
-            if output is not None:
-                return output
+        equation = spell_out(args[0], tuple(operand.dim() for operand in operands))
+        output = capture_contraction(capture, equation, tuple(operands), partial(torch.einsum, equation))
+        if output is not None:
+            return output
     return func(*args, **kwargs)
 
 
@@ -94,9 +95,28 @@ def _read_sizes(*named: tuple[str, torch.Size]) -> dict[str, int] | None:
     return sizes if all(sizes[letter] == size for letter, size in pairs) else None
 
 
-def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) -> Tensor | None:
+def capture_contraction(
+    capture: Capture, equation: str, operands: tuple[Tensor, ...], compute: Callable[..., Tensor]
+) -> Tensor | None:
+    """Capture a product of an input and a weight that an einsum describes; None if it is no such product.
+
+    Args:
+        capture: the capture.
+        equation: the einsum, with all axes named.
+        operands: the input and the weight, in any order.
+        compute: makes the output from the operands in that order.
+    """
+    for place in (1, 0):
+        output = _capture_operand(capture, equation, operands, place, compute)
+        if output is not None:
+            return output
+    return None
+
+
+def _capture_operand(
+    capture: Capture, equation: str, operands: tuple[Tensor, ...], place: int, compute: Callable[..., Tensor]
+) -> Tensor | None:
     weight, x = operands[place], operands[1 - place]
-    equation = spell_out(equation, tuple(operand.dim() for operand in operands))
     axes = parse_einsum(equation, place)
     if axes is None or capture.is_parameter(x):
         return None
@@ -107,10 +127,8 @@ def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) 
     if sizes is None:
         return None
     order = tuple(of_weight.index(c) for c in experts + outputs + inputs)
-    map_: LinearMap = TAPPED_PRODUCT
     layout = make_permuted_layout(order, len(experts) + len(outputs))
-    if experts:
-        map_ = BatchedProduct(weight.shape[of_weight.index(experts)], sends_below=False)
+    map_: LinearMap = BatchedProduct(sizes[experts], sends_below=False) if experts else TAPPED_PRODUCT
     site = capture.find_site(weight, map_, layout, None, x, by_role=False)
     if site is None:
         return None
@@ -126,7 +144,7 @@ def _capture_einsum(capture: Capture, equation: str, operands: Any, place: int) 
         return below.reshape([sizes[c] for c in named]).permute([named.index(c) for c in of_x])
 
     def run(a: Tensor, stored: Tensor, bias: None) -> Tensor:
-        output = torch.einsum(equation, stored, a) if place == 0 else torch.einsum(equation, a, stored)
+        output = compute(stored, a) if place == 0 else compute(a, stored)
         turned = output.permute([out.index(c) for c in made])
         return turned.reshape(*flat_shape, _count(sizes, outputs))
 

@@ -31,19 +31,15 @@ LEFT = "left to the optimizer"
 FROZEN = "left as it is"
 NOT_TRAINED = "it is frozen (requires_grad is False)"
 COMPUTED = "the weight is computed from it; the update goes on through autograd"
-QUIET = {
+ADDING = {
     "linear",
     "bilinear",
-    "matmul",
     "addmm",
-    "bmm",
     "baddbmm",
-    "mm",
-    "einsum",
-    "embedding",
-    "embedding_bag",
     *(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)),
 }
+PRODUCTS = {"matmul", "linalg_matmul", "mm", "bmm", "einsum", "tensordot", "inner"}
+QUIET = {*ADDING, *PRODUCTS, "embedding", "embedding_bag"}
 """Functions that need no remark if they use a parameter beside a handled map."""
 
 
@@ -331,9 +327,12 @@ def _explain_use(entry: ParameterEntry) -> str:
         return explain_kind(kind)  # as its weight, which the same calls use
     if not entry.used_by:
         return ""
-    if parameter is not None and parameter.dim() == 1 and set(entry.used_by) <= QUIET:
-        return f"{', '.join(entry.used_by)} adds it to the output of a weight that the rule leaves alone"
-    return f"its weight is used by {', '.join(entry.used_by)}, which is not read as a linear map"
+    names = ", ".join(entry.used_by)
+    if parameter is not None and parameter.dim() == 1 and set(entry.used_by) <= ADDING:
+        return f"{names} adds it to the output of a weight that the rule leaves alone"
+    if parameter is not None and parameter.dim() == 1 and set(entry.used_by) <= PRODUCTS:
+        return f"it is used by {names} as a vector, and the rule takes matrices"
+    return f"its weight is used by {names}, which is not read as a linear map"
 
 
 def _claim(entries: list[ParameterEntry], counted: set[int]) -> Claim:
