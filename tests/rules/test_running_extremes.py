@@ -198,3 +198,18 @@ def test_a_basis_loses_no_digits(kind, sizes):
             assert (function - exact).norm() < 2e-4 * exact.norm()
         last = found[1]
     assert math.isfinite(float(last.sum()))
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 64), (1, 8, 32)])
+def test_layers_of_one_row_are_exact_and_not_counted(sizes):
+    for kind in ("plain", 10.0):
+        errors, events = measure_errors(RULES["KFAC"], kind, sizes, True)
+        assert events == 0, kind
+        assert max(errors) < 2e-5, kind
+
+
+def test_products_that_lose_digits_are_made_again_in_float64():
+    """All columns of the inputs are equal: sums over them round by 20 times as much as those of others."""
+    errors, events = measure_errors(SMALL_DAMPING["FeatureWhitening"], "rank 1", (16, 300, 64), True)
+    assert events == 0
+    assert max(errors) < 5e-5

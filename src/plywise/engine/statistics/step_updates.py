@@ -19,12 +19,15 @@ from plywise.engine.statistics.layer_handle import LayerHandle
 from plywise.engine.statistics.learning import ALLOWED_ROUNDING
 from plywise.engine.statistics.stacks import Scratch, Stack, StackedState, arrange, list_parts, make_signature
 
-SHORTEST_SUM, LONGEST_SUM = 16, 512
-"""Sums so long round gradients, and products with them, by up to ``√length u ‖G‖``.
+SHORTEST_SUM, LONGEST_SUM, OF_PRODUCTS = 16, 512, 2.0
+"""Sums so long round gradients, and products with them, by up to ``2 √length u ‖G‖``.
 
-Of random rows errors were 0.3 to 4 ``u ‖G‖``, and up to 20 where 300 columns of the inputs were equal. Longer
-sums are made of blocks.
+Of random rows errors were 0.3 to 10 ``u ‖G‖``, and up to 40 where 300 columns of the inputs were equal.
+Longer sums are made of blocks.
 """
+
+SHORTEST_OF_ROWS = 4
+"""Gradients alone are rounded by up to ``√length u ‖G‖``, by sums over at least so many rows."""
 
 OF_HALF, ALLOWED_OF_HALF = 0.29, 4.0
 """How much half precision changes a gradient that is rounded to it, and how much an update may change.
@@ -132,11 +135,17 @@ class StepUpdates:
             return
         if scales is not None:
             news = [new | {"scale": scale} for new, scale in zip(news, scales, strict=True)]
-        self._count_roundings(stacks, layers, gradients, sizes, norms)
-        made = list(zip(views, news, sizes if self._rule.keeps_norm else norms, strict=True))
-        self._deliver(
-            [layers[place] for place in places], [gradients[place] for place in places], made, memories
-        )
+        lossy = self._find_lossy(stacks, layers, gradients, sizes, norms, dtype)
+        lengths = sizes if self._rule.keeps_norm else norms
+        made = [
+            (layers[place], gradients[place], view, new, length)
+            for place, view, new, length in zip(places, views, news, lengths, strict=True)
+            if place not in lossy
+        ]
+        self._deliver(made, memories)
+        if lossy:
+            again = [stack for stack in stacks if lossy.intersection(stack.places)]
+            self._make_at_once(again, layers, gradients, memories, torch.float64)
 
     def _finish(self, stack: Stack, states: list[State], dtype: torch.dtype | None) -> tuple[Tensor, State]:
         """Let the rule make a stack's updates, in a wider dtype if one is given."""
@@ -148,21 +157,18 @@ class StepUpdates:
 
     def _deliver(
         self,
-        layers: Sequence[LayerHandle],
-        gradients: Sequence[Update],
-        made: Sequence[tuple[Update, State, float]],
+        made: Sequence[tuple[LayerHandle, Update, Update, State, float]],
         memories: dict[str, State],
     ) -> None:
         """Replace gradients by updates, and write the changes into states, where the update is finite.
 
         Args:
-            layers: the layers.
-            gradients: their gradients.
-            made: for each layer the update, what changes in its state, and the update's norm.
+            made: the layers, each with its gradient, its update, what changes in its state, and the update's
+                norm.
             memories: the states by name.
         """
         targets, sources = [], []
-        for layer, gradient, (view, new, norm) in zip(layers, gradients, made, strict=True):
+        for layer, gradient, view, new, norm in made:
             if not _can_hold(gradient, view, norm):
                 self._health.note(layer.name, IDENTITY)
                 continue
@@ -210,26 +216,34 @@ class StepUpdates:
         found = self._rule.measure_amplification(state)
         return [] if found is None else found.tolist()
 
-    def _count_roundings(
+    def _find_lossy(
         self,
         stacks: list[Stack],
         layers: Sequence[LayerHandle],
         gradients: Sequence[Update],
         sizes: list[float],
         norms: list[float],
-    ) -> None:
-        """Count the updates that rounding may have changed by much, from the norms before and after."""
-        start = 0
+        dtype: torch.dtype | None,
+    ) -> set[int]:
+        """Find stacks whose products may have changed an update by much; return the places of their layers.
+
+        In float64, and in half precision, only what gradients have lost is left. That is counted.
+        """
+        start, lossy = 0, set()
         for stack in stacks:
-            bound = _bound_rounding(stack.matrices)
+            bound = _bound_rounding(stack, dtype)
             for i, amplification in enumerate(stack.state.derive(self._read_amplifications), start):
-                place = stack.places[i - start]
-                lost, allowed = bound * sizes[i], ALLOWED_ROUNDING
+                place, allowed, lost = stack.places[i - start], ALLOWED_ROUNDING, bound * sizes[i]
                 if halves := _find_half_precision(gradients[place], layers[place]):
                     lost, allowed = _bound_rounding_to_half(gradients[place], halves, sizes[i])
-                if norms[i] and allowed < lost * amplification / norms[i] < math.inf:
+                if not (norms[i] and allowed < lost * amplification / norms[i] < math.inf):
+                    continue
+                if dtype is None and not halves and _has_float64(stack):
+                    lossy.update(stack.places)
+                else:
                     self._health.note(layers[place].name, ROUNDING)
             start += len(stack.places)
+        return lossy
 
     def _copy_into(self, stacks: list[Stack], moved: list[Tensor], scales: Tensor | None) -> None:
         """Put updates into stacks, multiplied by the layers' scales if there are any."""
@@ -252,10 +266,18 @@ def _can_hold(gradient: Update, update: Update, norm: float) -> bool:
     return norm <= largest or all(bool((part.abs() <= largest).all()) for part in list_parts(update))
 
 
-def _bound_rounding(matrices: Tensor) -> float:
-    """Bound the errors of gradients and of products with them, relative to their norms."""
-    length = min(max(SHORTEST_SUM, *matrices.shape[2:]), LONGEST_SUM)
-    return length**0.5 * float(torch.finfo(matrices.dtype).eps) / 2
+def _bound_rounding(stack: Stack, dtype: torch.dtype | None) -> float:
+    """Bound the errors of gradients, and of products with them in a dtype, relative to their norms."""
+    shape, times = stack.matrices.shape, OF_PRODUCTS
+    longest = max(SHORTEST_SUM, *shape[2:])
+    if dtype is not None and "rows" in stack.state:  # only the sums over rows have been rounded
+        longest, times = max(SHORTEST_OF_ROWS, float(stack.state["rows"].max())), 1.0
+    return times * min(longest, LONGEST_SUM) ** 0.5 * float(torch.finfo(stack.matrices.dtype).eps) / 2
+
+
+def _has_float64(stack: Stack) -> bool:
+    """Return whether the products can be made in a wider dtype."""
+    return stack.matrices.dtype != torch.float64 and stack.matrices.device.type != "mps"
 
 
 def _find_half_precision(gradient: Update, layer: LayerHandle) -> list[torch.dtype]:
