@@ -50,6 +50,7 @@ def average_scales(model: nn.Module, x: Tensor, draws: int = 8) -> dict[str, flo
     with collect_scales(rule) as scales:
         for _ in range(draws):
             optimizer.step()  # what it has measured is used in the next pass
+            optimizer.zero_grad()
             model(x).square().sum().backward()
     rule.detach()
     return {name: sum(values) / draws for name, values in scales.items()}
