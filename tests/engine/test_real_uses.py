@@ -137,6 +137,22 @@ def test_a_contraction_is_an_einsum(name: str, rule: pw.Rule) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", CONTRACTIONS)
+def test_a_contraction_has_torchs_bits(name: str) -> None:
+    run, _, of_x, of_weight = CONTRACTIONS[name]
+    x, found = draw(*of_x).requires_grad_(), []
+    model = Net(run, w=of_weight)
+    for attaches in (False, True):
+        if attaches:
+            pw.Backprop().attach(model)
+        x.grad = None
+        output = model(x)
+        output.sin().square().mean().backward()
+        found.append((output.detach(), x.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_what_no_reader_takes_is_computed_by_torch() -> None:
     model = Net(lambda s, x: torch.tensordot(x, s.w, ([1, 0], [1, 0])) + x @ s.v, w=(7, 5), v=(5,))
     rule = pw.ProxProp().attach(model)

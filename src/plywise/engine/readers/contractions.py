@@ -4,7 +4,6 @@ import string
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from plywise.engine.capture.capture import Capture
@@ -28,17 +27,26 @@ def read_matmul(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _capture_stack(capture: Capture, func: Any, weight: Tensor, x: Tensor, place: int) -> Any:
-    while weight.dim() > 2 and weight.shape[0] == 1:  # x has that dimension too, so the output keeps it
-        weight = weight[0]
-    operands = (weight, x) if place == 0 else (x, weight)
-    if weight.dim() == 2 and func is not torch.bmm and func is not Tensor.bmm:
-        return read_product(capture, func, operands, {})
-    reads_itself = place == 1 and x.dim() == 3  # the plain product of read_product, without copies
-    if weight.dim() != 3 or x.shape[-3] != weight.shape[0] or reads_itself:
+    """Capture a product with a stack; leading dimensions of size 1 belong to no stack."""
+    if place == 1 and x.dim() == 3 == weight.dim() and len(x) == len(weight):
+        return None  # `read_product` takes it as it is, without copies
+    ones = 0
+    while weight.dim() > 2 and weight.shape[0] == 1:
+        weight, ones = weight[0], ones + 1
+    stack = "X" * (weight.dim() - 2)
+    if len(stack) > 1 or (stack and x.shape[-3] != weight.shape[0]):
         return None
-    rows = string.ascii_lowercase[: x.dim() - 3]
-    equation = f"XYZ,{rows}XZN->{rows}XYN" if place == 0 else f"{rows}XNZ,XZY->{rows}XNY"
-    return capture_contraction(capture, equation, operands, func)
+    rows = string.ascii_lowercase[: x.dim() - 2 - len(stack)] + stack
+    equation = f"{stack}YZ,{rows}ZN->{rows}YN" if place == 0 else f"{rows}NZ,{stack}ZY->{rows}NY"
+
+    def compute(*operands: Tensor) -> Tensor:
+        whole = list(operands)
+        whole[place] = whole[place][(None,) * ones]  # torch's own product, with the same bits
+        result: Tensor = func(*whole)
+        return result
+
+    operands = (weight, x) if place == 0 else (x, weight)
+    return capture_contraction(capture, equation, operands, compute, is_product=True)
 
 
 def read_tensordot(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -82,21 +82,12 @@ def read_einsum(capture: Capture, func: Any, args: Args, kwargs: Kwargs) -> Any:
     return func(*args, **kwargs)
 
 
-def _read_sizes(*named: tuple[str, torch.Size]) -> dict[str, int] | None:
-    """Return the size of each letter.
-
-    None if torch will say what is wrong, or if einsum repeats an axis of size 1: then there is no product
-    with the weight as it is.
-    """
-    if any(len(letters) != len(shape) for letters, shape in named):
-        return None
-    pairs = [pair for letters, shape in named for pair in zip(letters, shape, strict=True)]
-    sizes = dict(pairs)
-    return sizes if all(sizes[letter] == size for letter, size in pairs) else None
-
-
 def capture_contraction(
-    capture: Capture, equation: str, operands: tuple[Tensor, ...], compute: Callable[..., Tensor]
+    capture: Capture,
+    equation: str,
+    operands: tuple[Tensor, ...],
+    compute: Callable[..., Tensor],
+    is_product: bool = False,
 ) -> Tensor | None:
     """Capture a product of an input and a weight that an einsum describes; None if it is no such product.
 
@@ -105,16 +96,17 @@ def capture_contraction(
         equation: the einsum, with all axes named.
         operands: the input and the weight, in any order.
         compute: makes the output from the operands in that order.
+        is_product: see `tap`.
     """
     for place in (1, 0):
-        output = _capture_operand(capture, equation, operands, place, compute)
+        output = _capture_operand(capture, equation, operands, place, compute, is_product)
         if output is not None:
             return output
     return None
 
 
 def _capture_operand(
-    capture: Capture, equation: str, operands: tuple[Tensor, ...], place: int, compute: Callable[..., Tensor]
+    capture: Capture, equation: str, operands: Any, place: int, compute: Any, is_product: bool
 ) -> Tensor | None:
     weight, x = operands[place], operands[1 - place]
     axes = parse_einsum(equation, place)
@@ -123,8 +115,8 @@ def _capture_operand(
     experts, inputs, outputs, rows = axes
     terms, out = equation.partition("->")[0].split(","), equation.partition("->")[2]
     of_weight, of_x = terms[place], terms[1 - place]
-    sizes = _read_sizes((of_weight, weight.shape), (of_x, x.shape))
-    if sizes is None:
+    sizes = _measure_axes(of_x + of_weight, (*x.shape, *weight.shape))
+    if sizes is None or len(of_x) != x.dim():
         return None
     order = tuple(of_weight.index(c) for c in experts + outputs + inputs)
     layout = make_permuted_layout(order, len(experts) + len(outputs))
@@ -148,7 +140,7 @@ def _capture_operand(
         turned = output.permute([out.index(c) for c in made])
         return turned.reshape(*flat_shape, _count(sizes, outputs))
 
-    output = tap(capture, site, run, flatten, x, weight, None, restore=restore)
+    output = tap(capture, site, run, flatten, x, weight, None, is_product, restore)
     return output.reshape([sizes[c] for c in made]).permute([made.index(c) for c in out])
 
 
@@ -172,6 +164,13 @@ def read_grouped_product(capture: Capture, func: Any, args: Args, kwargs: Kwargs
     if start < len(x):  # rows of no expert
         outputs.append(x.new_zeros(len(x) - start, weight.shape[2]))
     return torch.cat(outputs) if outputs else x.new_zeros(0, weight.shape[2])
+
+
+def _measure_axes(letters: str, shape: tuple[int, ...]) -> dict[str, int] | None:
+    """Return the size of each axis; None where torch says what is wrong, or repeats an axis of size 1."""
+    sizes = dict(zip(letters, shape, strict=False))
+    fits = len(letters) == len(shape) and all(sizes[c] == n for c, n in zip(letters, shape, strict=True))
+    return sizes if fits else None
 
 
 def _count(sizes: dict[str, int], letters: str) -> int:
