@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plywise.engine.health import ROUNDING
+from plywise.engine.rule import Rule
+
 
 class Net(nn.Module):
     """Layers by name, and a function of the net and its inputs that calls them."""
@@ -82,6 +85,11 @@ def copy_gradients(model: nn.Module) -> dict[str, Tensor]:
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copy parameters and buffers."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def count_fallbacks(rule: Rule) -> int:
+    """Count events, without updates that lost digits: a root amplifies what half precision has rounded."""
+    return sum(rule.health.counts.values()) - rule.health.total(ROUNDING)
 
 
 def train(
