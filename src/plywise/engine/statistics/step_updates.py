@@ -238,7 +238,9 @@ class StepUpdates:
                     lost, allowed = _bound_rounding_to_half(gradients[place], halves, sizes[i])
                 if not (norms[i] and allowed < lost * amplification / norms[i] < math.inf):
                     continue
-                if dtype is None and not halves and _has_float64(stack):
+                rest = _bound_rounding(stack, torch.float64) * sizes[i]  # what float64 would not mend
+                helps = rest * amplification / norms[i] <= allowed
+                if dtype is None and not halves and helps and _has_float64(stack):
                     lossy.update(stack.places)
                 else:
                     self._health.note(layers[place].name, ROUNDING)
