@@ -39,7 +39,8 @@ class ProxProp(Rule):
         Proposition 2.
     Code: tfrerix/proxprop.
     Results: the paper's, on CIFAR-10: test accuracy 56 % against backpropagation's 54 % (MLP), 70.7 against
-        69.6 % (ConvNet). Ours: 70.9 against 67.2 % (that ConvNet in full, cg3, two seeds); at a small size
+        69.6 % (ConvNet), training loss of the MLP 0.002 (cg3) and 0.0003 (cg5) against 0.091. Ours, in full:
+        70.9 against 67.2 % (ConvNet, cg3, two seeds), 0.0024 and 0.0006 against 0.066 (one seed); small:
         stable at rates 1 and 10, where backpropagation diverges, as in the paper (benchmarks/reproduce);
         AdamW's final training loss in 0.26 (digits) and 0.45 (MNIST) of its steps (benchmarks/README.md).
     Limits: AᵀA is the sum over the batch as in the paper, so the method depends on the batch size (k copies
