@@ -28,8 +28,8 @@ class ProxProp(Rule):
         validation loss from 2.39 to 2.49 (benchmarks/README.md). `explain` says what is left alone, and why.
     Cost: a Gram of rows or inputs, whichever are fewer, its inverse, and one product: 1.32 to 1.84 of a plain
         step on wide networks and a ConvNet, 4.6 where a plain step takes less than a millisecond; by three
-        conjugate gradient steps 2.0 to 3.0, and 5.0 on the ConvNet, where they are repeated in float64
-        (benchmarks/README.md, by `python benchmarks/step_cost.py`).
+        conjugate gradient steps 1.6 to 3.0, and 7 to 8 on small ones (benchmarks/README.md, by
+        `python benchmarks/step_cost.py`).
     Status: faithful with ``last_layer="explicit"``, as in the paper; our default solves the last layer, too.
         ``solver="exact"`` solves for the update itself; the published code subtracts two weights in float32,
         and the difference is mostly rounding errors. Its conjugate gradients differ from the textbook's, too:
