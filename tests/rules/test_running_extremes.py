@@ -213,3 +213,20 @@ def test_products_that_lose_digits_are_made_again_in_float64():
     errors, events = measure_errors(SMALL_DAMPING["FeatureWhitening"], "rank 1", (16, 300, 64), True)
     assert events == 0
     assert max(errors) < 5e-5
+
+
+def test_a_layer_is_counted_once_for_a_step_where_its_neighbours_update_is_made_again() -> None:
+    # layers of one shape are updated in one call; float64 helps one of them, and not the other
+    torch.manual_seed(15)
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    rule = pw.KFAC(stats_every=1, refresh_every=1).attach(model, optimizer)
+    x, scales = torch.randn(4, 128) + 30, torch.logspace(0, -3, 128)
+    counted = 0
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        (model(x) * scales).square().mean().backward()
+        optimizer.step()
+        before, counted = counted, rule.health.of("4").get(ROUNDING, 0)
+        assert counted - before <= 1, step
+    assert counted

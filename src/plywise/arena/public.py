@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from plywise._util.environment import workers_for
 from plywise._util.file_errors import explaining_files
 from plywise._util.import_path import refuse_while_importing
+from plywise._util.words import split_words
 from plywise.arena.arguments import refuse_wrong_kinds
 from plywise.arena.diagnostics.advice import advice
 from plywise.arena.diagnostics.diagnosis import diagnose_workload
@@ -216,7 +217,7 @@ def _make_specs(
 
 
 def _name_methods(methods: str | Sequence[Entry]) -> tuple[str, ...]:
-    listed = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else methods
+    listed = split_words(methods) if isinstance(methods, str) else methods
     return tuple(name_object(method, "method") for method in listed)
 
 

@@ -15,6 +15,7 @@ from cyclopts import Parameter
 from plywise._util.environment import workers_for
 from plywise._util.files import refuse_file
 from plywise._util.progress import format_duration
+from plywise._util.words import split_words
 from plywise.arena.methods import USUAL
 from plywise.cli.console import VOLUME, notes
 from plywise.cli.interrupt import Stop
@@ -188,7 +189,7 @@ def _make_config(model: str | None, flags: Flags) -> BenchConfig:
     same = ("trials", "seeds", "device", "search", "threads", "timeout_s")
     return BenchConfig(
         tuple(_make_specs(model, flags)),
-        tuple(word.strip() for word in flags.methods.split(",") if word.strip()),
+        tuple(split_words(flags.methods)),
         **{name: getattr(flags, name) for name in same},
     )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from plywise._util.environment import workers_for
 from plywise._util.progress import Step, follow, format_duration
+from plywise._util.words import split_words
 from plywise.cli.console import VOLUME, console, notes, print_json, table
 from plywise.cli.interrupt import Stop
 from plywise.cli.training import Switch
@@ -94,7 +95,7 @@ def reproduce(
         raise CommandError("--data digits has a size of its own: leave out --size.")
     size_name = data if data == "digits" else size
     folder = out / find_paper(paper).name
-    made = Reproduction(paper, size_name, seeds, folder, _split(only), device, _split(arms))
+    made = Reproduction(paper, size_name, seeds, folder, split_words(only), device, split_words(arms))
     require_device(device)
     executor = ProcessExecutor(workers_for(device, threads) if workers is None else workers, threads)
     _announce(made, executor, screen)
@@ -102,10 +103,6 @@ def reproduce(
         return
     _run(made, executor, screen)
     _conclude(made, screen, json)
-
-
-def _split(words: str) -> list[str]:
-    return [word.strip() for word in words.split(",") if word.strip()]
 
 
 def _run(made: Reproduction, executor: ProcessExecutor, screen: Console) -> None:

@@ -17,6 +17,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from plywise._util.suggest import suggestion
+from plywise._util.words import split_words
 from plywise.errors import BenchError, CommandError
 from plywise.registry.names import WORKLOAD_MODULES
 
@@ -61,8 +62,7 @@ def list_workloads(words: str | Sequence[str], hidden_seed: int | None = None) -
         raise CommandError("A hidden seed belongs to the workloads called hidden.")
     if not isinstance(words, str):
         return list(words)
-    names = (word.strip() for word in words.split(","))
-    return list(SETS.get(words) or [name for name in names if name])
+    return list(SETS.get(words) or split_words(words))
 
 
 def find_workload(name: str) -> Workload:

@@ -227,23 +227,24 @@ class StepUpdates:
     ) -> set[int]:
         """Find stacks whose products may have changed an update by much; return the places of their layers.
 
-        In float64, and in half precision, only what gradients have lost is left. That is counted.
+        What gradients have lost is counted, in the end: float64 does not repair it.
         """
         start, lossy = 0, set()
         for stack in stacks:
-            bound = _bound_rounding(stack, dtype)
+            bound, found, float64_helps = _bound_rounding(stack, dtype), [], False
             for i, amplification in enumerate(stack.state.derive(self._read_amplifications), start):
                 place, allowed, lost = stack.places[i - start], ALLOWED_ROUNDING, bound * sizes[i]
                 if halves := _find_half_precision(gradients[place], layers[place]):
                     lost, allowed = _bound_rounding_to_half(gradients[place], halves, sizes[i])
-                if not (norms[i] and allowed < lost * amplification / norms[i] < math.inf):
-                    continue
-                rest = _bound_rounding(stack, torch.float64) * sizes[i]  # what float64 would not mend
-                helps = rest * amplification / norms[i] <= allowed
-                if dtype is None and not halves and helps and _has_float64(stack):
-                    lossy.update(stack.places)
-                else:
-                    self._health.note(layers[place].name, ROUNDING)
+                if norms[i] and allowed < lost * amplification / norms[i] < math.inf:
+                    found.append(layers[place].name)
+                    rest = _bound_rounding(stack, torch.float64) * sizes[i]
+                    float64_helps |= not halves and rest * amplification / norms[i] <= allowed
+            if dtype is None and float64_helps and _has_float64(stack):
+                lossy.update(stack.places)
+            else:
+                for name in found:
+                    self._health.note(name, ROUNDING)
             start += len(stack.places)
         return lossy
 
