@@ -150,7 +150,9 @@ class Reproduction:
         for pattern in patterns:
             if not any(_is_called(arm, pattern) for arm in arms):
                 names = ", ".join(f"{arm.name!r}" for arm in arms)
-                raise BenchError(f"No arm is called {pattern!r}. There are: {names}.")
+                raise BenchError(
+                    f"No arm is called {pattern!r}. Write * for a comma in a name. There are: {names}."
+                )
 
     def _arrange(self, experiment: Experiment, arms: Sequence[Arm]) -> Runs:
         """An experiment's runs: an arm with a choice of rates is tuned, and all are run with each seed."""
